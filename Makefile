@@ -160,6 +160,8 @@ bench: install ## the benchmarks that need no GPU, at their default sizes
 	$(BIN)/python benchmarks/quantization.py --json benchmarks/results/quantization.json
 	$(BIN)/python benchmarks/outliers.py --json benchmarks/results/outliers.json
 	$(BIN)/python benchmarks/quantization_picture.py benchmarks/results/quantization.json docs/quantization.svg
+	$(BIN)/python benchmarks/pruning.py --quick --calibration-tokens 16k --local-tokens 16k --distill-tokens 16k --step-tokens 512 --json benchmarks/results/pruning.json
+	$(BIN)/python benchmarks/pruning_picture.py benchmarks/results/pruning.json docs/pruning.svg docs/pruning.md
 
 bench-gpu: install ## the tests and benchmarks that need a GPU
 	$(BIN)/pytest -m gpu $(PYTEST_ARGS)

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from rows import Row, report
 
 BATCH = 4
 """Windows of a forward pass."""
+LLM_INT8, THRESHOLD = "llm.int8", 6.0
+"""The system that keeps inputs of this magnitude, that of the paper (arXiv 2208.07339)."""
 EVERY = 32
 """One channel of so many gets an outlier."""
 
@@ -39,7 +41,7 @@ class Case:
 
 
 def systems() -> dict[str, tuple[Any, Any]]:
-    """Name -> (method of rounding, transform before it)."""
+    """Name -> (method of rounding, transform before it); ``llm.int8`` leaves large inputs unrounded instead."""
     from decoct.qat.transforms.settings import TransformSettings
 
     awq, rotation = TransformSettings(method="awq"), TransformSettings(method="rotation")
@@ -49,6 +51,7 @@ def systems() -> dict[str, tuple[Any, Any]]:
         "awq": ("rtn", awq),
         "awq clip": ("rtn", TransformSettings(method="awq", clip=True)),
         "rotation": ("rtn", rotation),
+        LLM_INT8: ("rtn", None),
         "gptq": ("gptq", None),
         "awq gptq": ("gptq", awq),
         "rotation gptq": ("gptq", rotation),
@@ -119,9 +122,13 @@ def measure(case: Case, factor: float, only: list[str], chosen: list[str]) -> li
         for name, (method, transform) in systems().items():
             if (only and name not in ("rtn", *only)) or (chosen and scheme not in chosen):
                 continue
+            # it is about inputs alone
+            if name == LLM_INT8 and inputs is None:
+                continue
+            rounded_inputs = replace(inputs, outliers=THRESHOLD) if inputs and name == LLM_INT8 else inputs
             for kind, by in (("clean", 1.0), ("planted", factor)):
                 begun, model = time.perf_counter(), open_model(case, by)
-                rounding = RoundingMethod(method=method, activations=inputs, transform=transform)
+                rounding = RoundingMethod(method=method, activations=rounded_inputs, transform=transform)
                 # norms and embeddings as an export stores them
                 round_model(model, spec, rounding, text=text if rounding.calibrates else None, others=torch.bfloat16)
                 seconds = time.perf_counter() - begun

@@ -125,7 +125,7 @@ class Maker:
             raise SystemExit(
                 f"{case.key} failed (exit status {os.waitstatus_to_exitcode(status)}); the rest is kept, and a second call goes on"
             )
-        seconds = _stage_seconds(place) if case.stages else time.perf_counter() - began
+        seconds = stage_seconds(place) if case.stages else time.perf_counter() - began
         cost.write_text(json.dumps({"seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024}))
         return target
 
@@ -245,13 +245,13 @@ def decoded(given: argparse.Namespace, maker: Maker, asked: Sequence[Case]) -> l
     return [Row(*key, "llama.cpp decodes", statistics.median(values), "tokens/s") for key, values in seen.items()]
 
 
-def _stage_seconds(place: Path) -> float:
-    """Seconds of a run's stages, without opening models and measuring them."""
+def stage_seconds(place: Path) -> float:
+    """Seconds of a run's stages, without opening models and measuring them; a teacher that an earlier run trained does not count."""
     rows = json.loads((place / "report.json").read_text())["stages"]
-    return sum(row.get("seconds") or 0.0 for row in rows)
+    return sum(row.get("seconds") or 0.0 for row in rows if row["kind"] != "teacher")
 
 
-def measured(given: argparse.Namespace, teacher: Path, models: dict[str, Path]) -> dict[str, dict[str, Any]]:
+def measured(given: argparse.Namespace, teacher: Path, models: dict[str, Path], sequence: int = SEQUENCE) -> dict[str, dict[str, Any]]:
     """Rows of `decoct compare` by case key, the teacher under "bf16"; those of an earlier call on the same text are kept."""
     kept = given.folder / "measured.json"
     protocol = {"text": sorted(map(str, given.text)), "tokens": given.tokens, "tasks": given.tasks}
@@ -262,7 +262,7 @@ def measured(given: argparse.Namespace, teacher: Path, models: dict[str, Path]) 
     if missing:
         more = ["--tasks", ",".join(given.tasks)] if given.tasks else []
         texts = [argument for file in given.text for argument in ("--text", str(file))]
-        command = [sys.executable, "-m", "decoct", "compare", teacher, *missing.values(), *texts, "--seq-length", str(SEQUENCE)]
+        command = [sys.executable, "-m", "decoct", "compare", teacher, *missing.values(), *texts, "--seq-length", str(sequence)]
         done = subprocess.run([*command, "--tokens", given.tokens, *more, "--json"], stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             raise SystemExit("the models cannot be measured; see above")

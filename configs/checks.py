@@ -3,17 +3,18 @@
 from pathlib import Path
 
 from ..losses.settings import LossSettings
-from ..models.common.terminal_text import counted
 from ..models.folder.codes_file import codes_file
-from ..models.settings import MOST_TOP_K, allowed_layers
+from ..models.settings import MOST_TOP_K
 from ..trainer.settings import EvaluateSettings, TrainingBlock
+from ..trainer.settings_generation import GenerateSettings
 from ..trainer.settings_own import OwnStageSettings
 from ..trainer.stage_plan import NOTHING_MOVES, learns_from, moves_nothing, reads_text, trains
 from .draft import Draft, key_path
+from .feature_checks import check_features
 from .problems import Problems
 from .recipe import StageEntry
 from .sample_checks import check_samples
-from .width_checks import check_widths, known_numbers
+from .width_checks import check_kept, check_widths
 
 _QUANTIZERS = ("qat", "quantize")
 _WRITERS = ("pretrain", "distill", "prune", *_QUANTIZERS)
@@ -29,8 +30,10 @@ def check_draft(draft: Draft, problems: Problems) -> None:
             _check_stage_teacher(entry, draft, problems)
             _check_watched(entry, draft, problems)
             check_samples(entry, draft, problems)
+            check_features(entry, draft, problems)
     _check_parts(draft, problems)
     _check_batch(draft, problems)
+    check_kept(draft, problems)
     check_widths(draft, problems)
     _check_exports(draft, problems)
 
@@ -50,19 +53,14 @@ def _check_start(draft: Draft, problems: Problems) -> None:
     if draft.data and draft.data.hub_config and not draft.data.hub:
         problems.add(("data", "hub_config"), "configures a hub dataset, and data.hub is not given; remove it, or give data.hub")
     _check_generate(draft, problems)
-    layers, depth = draft.student.keep.layers if draft.student and draft.student.keep else None, known_numbers(draft).get("layers")
-    # at least two layers stay, because the first and the last one are always kept; a model of one layer keeps that one
-    if layers is not None and depth is not None and not min(2, depth) <= layers <= depth:
-        problems.add(
-            ("student", "keep", "layers"),
-            f"{counted(layers, 'layer')} cannot be kept of a teacher that has {depth}; {allowed_layers(depth)}",
-        )
     scratch = draft.teacher.scratch if draft.teacher else None
     # a scratch teacher is trained on the run's text, so it needs some too
     if draft.data and draft.data.eval_tokens == "all" and (scratch or any(entry and reads_text(entry.settings) for entry in draft.stages)):
         problems.add(("data", "eval_tokens"), "is 'all', which leaves no text for the stages that need some; give a number, such as 32k")
-    if scratch and draft.data and draft.data.kind == "chat":
-        problems.add(("data", "kind"), "is 'chat', and a scratch teacher's tokenizer has no chat template; give teacher.path")
+    if scratch and draft.data and draft.data.has_chats:
+        chat = next((index for index, part in enumerate(draft.data.blend or ()) if part.kind == "chat"), None)
+        at = ("data", "kind") if chat is None else ("data", "blend", chat, "kind")
+        problems.add(at, "is 'chat', and a scratch teacher's tokenizer has no chat template; give teacher.path")
     # a zero is out of bounds and reported as such; here it would be a division by zero
     if scratch and min(scratch.heads, scratch.kv_heads) >= 1:
         # the same two rules as transformers' Llama: a head has a whole width, and each key/value head serves a whole number of query heads
@@ -75,22 +73,30 @@ def _check_start(draft: Draft, problems: Problems) -> None:
 
 
 def _check_generate(draft: Draft, problems: Problems) -> None:
-    """The model that writes the text has weights before there is any text, and it writes more than is held out."""
-    asked = draft.data.generate if draft.data else None
-    held = draft.data.eval_tokens if draft.data else None
+    """The models that write text have weights before there is any text, and they write more than is held out."""
+    if draft.data is None:
+        return
     trains = any(entry and reads_text(entry.settings) for entry in draft.stages)
-    if asked is not None and isinstance(held, int) and asked.tokens <= held and trains:
-        problems.add(
-            ("data", "generate", "tokens"),
-            f"{asked.tokens:,} leaves no text to train on beside data.eval_tokens={held:,}; write more, or hold out less",
-        )
+    for index, text in enumerate(draft.data.texts.values()):
+        asked, held = text.generate, text.eval_tokens
+        if asked is None:
+            continue
+        at: tuple[str | int, ...] = ("data", "blend", index, "generate") if draft.data.blend else ("data", "generate")
+        if isinstance(held, int) and asked.tokens <= held and trains:
+            problems.add(
+                (*at, "tokens"),
+                f"{asked.tokens:,} leaves no text to train on beside data.eval_tokens={held:,}; write more, or hold out less",
+            )
+        _check_writer(asked, (*at, "model"), draft, problems)
+
+
+def _check_writer(asked: GenerateSettings, at: tuple[str | int, ...], draft: Draft, problems: Problems) -> None:
     # with a teacher section that is wrong, nobody knows which model was meant to write
-    if asked is None or draft.student is None or not (draft.teacher or draft.lacks_teacher):
+    if draft.student is None or not (draft.teacher or draft.lacks_teacher):
         return
     given = draft.student if asked.model == "student" else draft.teacher
     if given is not None and given.path:
         return
-    at = ("data", "generate", "model")
     if draft.teacher and draft.teacher.scratch:
         problems.add(at, "writes the text, and a scratch teacher is trained on it; give teacher.path, or data.files")
     elif asked.model == "student":
@@ -164,11 +170,11 @@ def _check_parts(draft: Draft, problems: Problems) -> None:
     readers = [entry for entry in draft.stages if entry and learns_from(entry.settings, has_teacher=True) == "recipe"]
     for entry in readers:
         loss = entry.settings.loss
-        if loss.divergence != "forward_kl":
+        if loss.divergence != "forward_kl" and not (teacher.cache and teacher.cache.whole):
             problems.add(
                 key_path(entry, "loss", "divergence"),
-                f"{loss.divergence} needs the teacher's whole distribution, and {source} a part of it; use forward_kl, or remove "
-                f"{source.split()[0]}",
+                f"{loss.divergence} needs the teacher's whole distribution, and {source} a part of it; use forward_kl, "
+                + ("teacher.cache.mode: hidden, or remove teacher.cache" if teacher.cache else "or remove teacher.served"),
             )
         if teacher.served and loss.temperature != 1:
             problems.add(

@@ -73,7 +73,7 @@ _WITH_PARTS = ("data", "stages")
 """Sections that may name imported parts."""
 
 
-_OPEN = {"LossSettings": "divergence", "DataSettings": "source"}
+_OPEN = {"LossSettings": "divergence", "DataSettings": "source", "BlendPart": "source"}
 """Definition -> the key that may name an imported part, whose options stand beside it."""
 _ENDING = "WithParts"
 """End of the names of definitions that differ in recipes that import files."""

@@ -3,6 +3,7 @@
 from .. import types_of
 from ..losses.settings import DIVERGENCES
 from ..trainer.settings import DataSettings
+from ..trainer.settings_text import BlendPart
 from ..trainer.stages.registry import STAGE_KINDS
 from .nodes import Entry, Listing, Mapping, Node, Scalar, is_null
 from .reading import stage_parts
@@ -18,17 +19,21 @@ def forget_parts(root: Node) -> None:
         return
     del root.entries["import"]
     if "data" in root.entries and isinstance(data := root.entries["data"].node, Mapping):
-        _forget_source(data)
+        _forget_source(data, DataSettings)
+        blend = data.entries["blend"].node if "blend" in data.entries else None
+        for part in blend.items if isinstance(blend, Listing) else []:
+            if isinstance(part, Mapping):
+                _forget_source(part, BlendPart)
     if "stages" in root.entries and isinstance(stages := root.entries["stages"].node, Listing):
         stages.items = [_known_stage(item) for item in stages.items]
 
 
-def _forget_source(data: Mapping) -> None:
+def _forget_source(data: Mapping, section: type) -> None:
     source = data.entries.get("source")
     if source is None or is_null(source.node):
         return
     # what is no key of the section is an option of the imported source, and goes with it
-    known = types_of(DataSettings)
+    known = types_of(section)
     data.entries = {key: entry for key, entry in data.entries.items() if key in known and key not in ("source", "kind", "mask_prompts")}
     # the section needs exactly one source of text, and a look at the stages reads none of it
     data.entries["builtin"] = Entry(source.place, Scalar("python-stdlib", source.place))

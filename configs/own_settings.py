@@ -6,19 +6,22 @@ Recipes are read along dataclasses (``sections.py``), so an option of the user's
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass
+from functools import cache
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .. import alternatives
+from .. import alternatives, types_of
 from ..losses.settings import LossSettings
 from ..losses.settings_own import OwnLossSettings
 from ..parts import Kind, Part
 from ..trainer.settings import DataSettings
 from ..trainer.settings_own import CallbackSettings, OwnCallbackSettings, OwnStageSettings
+from ..trainer.settings_text import BlendPart
 
 SLOTS: Mapping[type, tuple[str, Kind]] = {
     LossSettings: ("divergence", "divergence"),
     DataSettings: ("source", "data source"),
+    BlendPart: ("source", "data source"),
     CallbackSettings: ("name", "callback"),
 }
 """Section -> (the key that may name an imported part, its kind). Stages are named by their kind."""
@@ -87,8 +90,8 @@ def options_of(kind: Kind, target: Any, settings: Any) -> list[Option]:
     return found
 
 
-def settings_for(part: Part, options: list[Option]) -> type:
-    """The settings dataclass of a part: a subclass of the section's, with the options as further fields."""
+def settings_for(part: Part, options: list[Option], base: type | None = None) -> type:
+    """The settings dataclass of a part: a subclass of the section's (``base``, if it may stand in several), with the options as fields."""
     slot = _SLOT_OF.get(part.kind)
     # a type of one word: the section of this part names this part and no other
     one_word: Any = Literal[part.name]  # pyright: ignore[reportInvalidTypeForm] - the type of a key that takes this word alone
@@ -97,13 +100,22 @@ def settings_for(part: Part, options: list[Option]) -> type:
     made = make_dataclass(
         f"{part.name} ({part.kind})",
         [*named, *options],
-        bases=(_BASES[part.kind],),
+        bases=(base or _BASES[part.kind],),
         frozen=True,
         kw_only=True,
         namespace={"part": part, "__doc__": inspect.getdoc(part.target) or f"The {part.kind} {part.name}."},
     )
     made.__module__ = __name__
     return made
+
+
+@cache
+def part_of_blend(made: Any) -> type:
+    """The settings of a part of a blend whose text is an imported source; ``made`` are those of the source as the text of a run."""
+    options = [(entry.name, types_of(made)[entry.name], _copied(entry)) for entry in fields(made) if entry.name in made.part.options]
+    part: Any = settings_for(made.part, options, base=BlendPart)
+    part.whole = made
+    return part
 
 
 def _copied(entry: Field[Any]) -> Field[Any]:
@@ -137,8 +149,8 @@ def _default(parameter: inspect.Parameter) -> Field[Any]:
 def _check_option(kind: Kind, name: str, annotation: Any) -> None:
     # ``name`` of a stage is a key of the recipe's, which it takes out before the settings are read
     taken = {"name"} if kind == "stage" else set[str]()
-    if base := next((section for section, (_, of) in SLOTS.items() if of == kind), None):
-        taken = {entry.name for entry in fields(base)} - set(_DIALS if kind == "divergence" else ())
+    if bases := [section for section, (_, of) in SLOTS.items() if of == kind]:
+        taken = {entry.name for base in bases for entry in fields(base)} - set(_DIALS if kind == "divergence" else ())
     if name in taken:
         raise PartFaultError(f"has the option {name}, which is a key of the section already; give it another name")
     if wrong := next((option for option in alternatives(annotation) if not _readable(option)), None):

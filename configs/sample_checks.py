@@ -76,16 +76,25 @@ def _check_text(entry: StageEntry, draft: Draft, problems: Problems) -> None:
     data, asked = draft.data, entry.settings.samples
     if data is None:
         return
+    kinds = {text.kind for text in data.texts.values()}
+    if len(kinds) > 1:
+        problems.add(
+            key_path(entry, "samples"),
+            "goes on from answers in conversations and from beginnings in documents, and data.blend has parts of both kinds; give all "
+            "parts the same kind, or remove samples",
+        )
+        return
+    chat = data.has_chats
     # what stands before an answer has its own length; at least one token of it is there
-    prompts = 1 if data.kind == "chat" else asked.prompts
+    prompts = 1 if chat else asked.prompts
     if prompts + asked.max_new_tokens > data.seq_length:
-        given = "" if data.kind == "chat" else f"{prompts:,} tokens of prompt (prompts) and "
+        given = "" if chat else f"{prompts:,} tokens of prompt (prompts) and "
         problems.add(
             key_path(entry, "samples", "max_new_tokens"),
             f"{given}{asked.max_new_tokens:,} new tokens do not fit into a window of data.seq_length={data.seq_length:,}; lower "
-            f"{'it' if data.kind == 'chat' else 'one of them'}, or raise data.seq_length",
+            f"{'it' if chat else 'one of them'}, or raise data.seq_length",
         )
-    if data.kind == "chat" and not data.mask_prompts:
+    if chat and not all(text.mask_prompts for text in data.texts.values()):
         problems.add(
             key_path(entry, "samples"),
             "continues conversations at the assistant's answers, and data.mask_prompts=false marks none; remove one of the two keys",

@@ -119,6 +119,8 @@ def _plural(annotation: Any) -> str:
     option = alternatives(annotation)[0]
     if get_origin(option) is Literal:
         return f"{_any_of([repr(word) for word in get_args(option)])}"
+    if get_origin(option) is tuple:
+        return f"lists of {len(get_args(option))} {_plural(get_args(option)[0])}"
     return {int: "whole numbers", float: "numbers", str: "texts"}.get(option, "values")
 
 

@@ -15,10 +15,11 @@ from ..models.settings import CacheSettings
 from ..qat.transforms.settings import TransformSettings
 from ..trainer.settings import DataSettings, LoggerSettings, TrainerSettings, TrainingBlock
 from ..trainer.settings_own import CallbackSettings
+from ..trainer.settings_text import BlendPart
 from .foreign_names import meant_by
 from .nodes import Entry, KeyPath, Listing, Mapping, Node, Scalar, is_null
 from .own_parts import NEEDS_IMPORT, OwnParts
-from .own_settings import SLOTS
+from .own_settings import SLOTS, part_of_blend
 from .problems import Problems, did_you_mean, nearest_name
 from .scalars import LARGEST_INT, described_type, parse_number, read_scalar
 
@@ -100,7 +101,7 @@ class _Walk:
             word = SHORT_FORMS[section]
             return self._section(Mapping(node.place, {word: Entry(node.place, node)}), section, path)
         items = _item_types(annotation)
-        if items[-1:] == (Ellipsis,) and not is_null(node):
+        if items[-1:] == (Ellipsis,) and not is_null(node) and not _takes_alone(annotation):
             # one value for a list of any length is a list of one; a problem with a word is that of the key
             found = self.value(node, items[0], path if _section_of(items[0]) is None else (*path, 0))
             return _WRONG if found is _WRONG else (found,)
@@ -177,7 +178,7 @@ class _Walk:
             return section
         word, built_in = str(entry.node.value), choices(types_of(section)[key])
         if (made := self._parts.settings(kind, word)) is not None:
-            return made
+            return part_of_blend(made) if section is BlendPart else made
         # where nothing is imported, the section's own message says what is allowed
         if self._parts.files and word not in built_in:
             known = [*built_in, *self._parts.names(kind)]
@@ -229,6 +230,11 @@ def _section_of(annotation: Any) -> Any:
 def _item_types(annotation: Any) -> tuple[Any, ...]:
     """Return the arguments of the tuple type in ``annotation``; () if there is none."""
     return next((get_args(option) for option in alternatives(annotation) if get_origin(option) is tuple), ())
+
+
+def _takes_alone(annotation: Any) -> bool:
+    """Whether a key that takes a list takes a single value as something of its own: a word, or a number beside lists of numbers."""
+    return any(get_origin(option) is not tuple and option is not type(None) for option in alternatives(annotation))
 
 
 def _value_type(annotation: Any) -> Any:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from ..models.common.terminal_text import counted
+from ..models.settings import allowed_layers
 from ..models.sizes import WORDS
 from ..qat.spec import USUAL_GROUPS
 from ..trainer.settings_pruning import PruneSettings
@@ -44,11 +46,25 @@ def known_numbers(draft: Draft) -> dict[str, int]:
     return {name: number for name, number in named.items() if type(number) is int and number > 0}
 
 
+def check_kept(draft: Draft, problems: Problems) -> None:
+    """Check that the teacher has the layers that the student is made of, where its depth is known."""
+    layers, depth = draft.student.keep.layers if draft.student and draft.student.keep else None, known_numbers(draft).get("layers")
+    if layers is None or depth is None:
+        return
+    at = ("student", "keep", "layers")
+    if not isinstance(layers, int):
+        if layers[-1] >= depth:
+            problems.add(at, f"layer {layers[-1]} does not exist in a teacher of {counted(depth, 'layer')}; they are 0 to {depth - 1}")
+    # at least two layers stay, because the first and the last one are always kept; a model of one layer keeps that one
+    elif not min(2, depth) <= layers <= depth:
+        problems.add(at, f"{counted(layers, 'layer')} cannot be kept of a teacher that has {depth}; {allowed_layers(depth)}")
+
+
 def check_widths(draft: Draft, problems: Problems) -> None:
     """Check that pruning keeps no more than there is, and that group sizes divide the widths at their stage."""
     widths = known_numbers(draft)
     if draft.student and draft.student.keep and "layers" in widths:
-        widths["layers"] = min(widths["layers"], draft.student.keep.layers)
+        widths["layers"] = min(widths["layers"], draft.student.keep.depth)
     for entry in draft.stages:
         settings = entry.settings if entry else None
         if entry and isinstance(settings, PruneSettings) and settings.structured:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
 from .. import Bounds, check_fields
+from .settings_features import FeatureSettings
 
 Divergence = Literal[
     "forward_kl", "reverse_kl", "jsd", "gkd_jsd", "skew_forward_kl", "skew_reverse_kl", "adaptive_kl", "symmetric_kl", "total_variation"
@@ -30,7 +31,8 @@ _DIALS: Mapping[str, tuple[float, tuple[Divergence, ...]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """Loss of one training stage: ``(1 - hard_weight) * T^2 * D(teacher, student) + hard_weight * cross-entropy``.
+    """Loss of one training stage: ``(1 - hard_weight) * T^2 * D(teacher, student) + hard_weight * cross-entropy``, and the terms of
+    ``features`` with their weights.
 
     Fields that are not given get their defaults, except parameters that the chosen divergence does not have: those stay None, and giving
     one is an error.
@@ -55,9 +57,16 @@ class LossSettings:
     """adaptive_kl: teacher probability that makes up the head of the distribution. Default: 0.5."""
     hard_weight: Annotated[float, Bounds(ge=0, le=1, why="0 trains only on the teacher")] = 0.0
     """Weight of the cross-entropy on the labels of the text. 1 trains without a teacher."""
+    features: FeatureSettings | None = None
+    """Terms on hidden states and attention relations of the teacher, which must run in memory. Default: none."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.features is not None and self.hard_weight == 1:
+            raise ValueError(
+                "features=... need a teacher, and hard_weight 1 trains without one; lower hard_weight (0.99 leaves almost nothing of the "
+                "divergence), or leave features out"
+            )
         self._fill_temperature()
         for dial, (default, owners) in _DIALS.items():
             self._fill(dial, default, owners)

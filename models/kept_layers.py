@@ -20,14 +20,21 @@ _PER_LAYER = ("layer_types", "no_rope_layers")
 """Config fields with one entry per layer."""
 
 
-def kept_layers(total: int, keep: int) -> list[int]:
+def kept_layers(total: int, keep: int | Sequence[int]) -> list[int]:
     """Indices of ``keep`` of ``total`` layers: ``round(linspace(0, total - 1, keep))``, so first and last are among them.
 
-    Exact arithmetic, halves to even: the indices are distinct and the same on every machine.
+    Exact arithmetic, halves to even: the indices are distinct and the same on every machine. A sequence names the indices, ascending.
 
     Raises:
-        UserError: ``keep`` is below 2 (below 1 for a model of one layer) or above ``total``.
+        UserError: ``keep`` is below 2 (below 1 for a model of one layer) or above ``total``, or one of its indices does not exist.
     """
+    if not isinstance(keep, int):
+        if outside := [index for index in keep if index >= total]:
+            raise UserError(
+                f"student.keep.layers={_shown(keep)}: layer {outside[0]} does not exist in a teacher of {counted(total, 'layer')}, counted "
+                f"from 0; the last is {total - 1}"
+            )
+        return list(keep)
     least = min(2, total)
     if not least <= keep <= total:
         raise UserError(
@@ -40,8 +47,8 @@ def kept_layers(total: int, keep: int) -> list[int]:
     return [round(Fraction(index * (total - 1), keep - 1)) for index in range(keep)]
 
 
-def kept_config(config: "PreTrainedConfig", layers: int) -> tuple["PreTrainedConfig", list[int]]:
-    """(config of a student made of ``layers`` layers of a teacher with this config, indices of those layers).
+def kept_config(config: "PreTrainedConfig", layers: int | Sequence[int]) -> tuple["PreTrainedConfig", list[int]]:
+    """(config of a student made of ``layers`` of a teacher with this config, as for ``kept_layers``; indices of those layers).
 
     Raises:
         UserError: as ``student_by_keeping``.
@@ -51,8 +58,12 @@ def kept_config(config: "PreTrainedConfig", layers: int) -> tuple["PreTrainedCon
     if getattr(config, "is_heterogeneous", False):
         raise UserError("the teacher's config has per_layer_config (layers of different shapes); student.keep needs equal layers")
     if len(kept) < getattr(config, family.depth_field) and (reason := fixed_depth(config)):
-        raise UserError(f"student.keep.layers={layers}: {reason}; use student.path or student.config")
+        raise UserError(f"student.keep.layers={_shown(layers)}: {reason}; use student.path or student.config")
     return cut_config(config, family, replace(sizes_of(config, family), layers=len(kept)), kept), kept
+
+
+def _shown(layers: int | Sequence[int]) -> str:
+    return str(layers if isinstance(layers, int) else list(layers))
 
 
 def cut_config(source: "PreTrainedConfig", family: Family, sizes: Sizes, kept: Sequence[int]) -> "PreTrainedConfig":
@@ -81,4 +92,21 @@ def cut_config(source: "PreTrainedConfig", family: Family, sizes: Sizes, kept: S
     if before.hidden != sizes.hidden and family.name == "gpt2" and sizes.ffn == before.ffn:
         # without n_inner it would follow the hidden size
         config.n_inner = sizes.ffn
+    return config
+
+
+def grown_config(source: "PreTrainedConfig", family: Family, sizes: Sizes, kept: Sequence[int]) -> "PreTrainedConfig":
+    """The config of a model of ``sizes`` of which the model of ``source`` has the layers ``kept``: what ``cut_config`` undoes.
+
+    A layer that ``source`` does not have is of the kind of its first one, because no config says what the kind was.
+    """
+    config: Any = copy.deepcopy(source)
+    for name in _PER_LAYER:
+        if (entries := getattr(config, name, None)) is not None and len(entries) == len(kept):
+            known = dict(zip(kept, entries, strict=True))
+            setattr(config, name, [known.get(index, entries[0]) for index in range(sizes.layers)])
+    for axis, field in family.fields.items():
+        setattr(config, field, sizes.of(axis))
+    if family.own_head_dim:
+        config.head_dim = sizes.head_dim
     return config

@@ -10,7 +10,8 @@ from .. import Bounds, Count, check_fields
 
 LoadIn = Literal["fp32", "bf16", "int8", "nf4"]
 Placement = Literal["replicated", "sharded", "offloaded"]
-CacheMode = Literal["top_k", "sampled", "hybrid"]
+CacheMode = Literal["top_k", "sampled", "hybrid", "hidden"]
+StoredStates = Literal["bf16", "fp32", "int8"]
 
 NF4_BLOCK = 64
 """Weights of an nf4 teacher that share an fp32 scale."""
@@ -58,16 +59,34 @@ class CacheSettings:
     """
 
     mode: CacheMode = "hybrid"
-    """Which tokens are kept per position: top_k = the likeliest, with the mass of all others as one number; sampled = the likeliest and an
-    unbiased sample of the others; hybrid = one quarter likeliest tokens, three quarters sample, unbiased."""
+    """What is kept per position: top_k = the likeliest tokens, with the mass of all others as one number; sampled = the likeliest token and
+    an unbiased sample of the others; hybrid = one quarter likeliest tokens, three quarters sample, unbiased; hidden = the last hidden
+    state, and once the output head, from which every divergence follows."""
     tokens: Annotated[int, Bounds(ge=2, le=MOST_TOKENS, why="it is the number of tokens kept per position")] | None = None
     """Tokens kept per position. Default: as many as fit into 39 bytes (sampled) or 97 bytes (hybrid), which is 12 and 32 at a vocabulary of
-    128,256 and more at a smaller one; 50 for top_k."""
+    128,256 and more at a smaller one; 50 for top_k. Not for hidden."""
+    states: StoredStates | None = None
+    """hidden: how states are stored, in 2, 4 or about 1 byte per channel. bf16 is exact for a teacher that computes in bf16, fp32 for
+    every one. Default: bf16."""
     path: str | None = None
     """Folder of the cache. Default: a folder named by content, in the cache folder (environment variable DECOCT_CACHE)."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.mode == "hidden":
+            if self.tokens is not None:
+                raise ValueError(
+                    f"tokens={self.tokens} has no effect: mode hidden keeps the state that all tokens follow from; leave it out"
+                )
+            if self.states is None:
+                object.__setattr__(self, "states", "bf16")
+        elif self.states is not None:
+            raise ValueError(f"states={self.states} has no effect: it belongs to mode hidden, and mode is {self.mode}; leave it out")
+
+    @property
+    def whole(self) -> bool:
+        """Whether the whole distribution follows from what is kept, so that any divergence can be computed."""
+        return self.mode == "hidden"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +156,8 @@ class TeacherSettings:
     revision: str | None = None
     """Hub revision (commit, tag or branch)."""
     cache: CacheSettings | None = None
-    """Let the teacher predict the training text once, keep part of the predictions on disk, and train from them (forward KL only)."""
+    """Let the teacher predict the training text once, keep part of the predictions on disk, and train from them (forward KL only, but any
+    divergence with mode hidden)."""
     served: ServedSettings | None = None
     """Let a server predict during training (forward KL only). ``path`` still names the same model, for its tokenizer and measurements."""
 
@@ -165,11 +185,26 @@ def allowed_layers(depth: int) -> str:
 class KeepSettings:
     """The part of the teacher that the student starts from."""
 
-    layers: Count
-    """Decoder layers that are kept: evenly spread, always with the first and the last."""
+    layers: Count | tuple[Annotated[int, Bounds(ge=0, why="layers are counted from 0")], ...]
+    """Decoder layers that are kept: a number, evenly spread and always with the first and the last; or a list of the layers themselves,
+    counted from 0."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if isinstance(self.layers, int):
+            return
+        if not self.layers:
+            raise ValueError("layers=[] keeps no layer; give a number such as 12, or layers such as [0, 2, 5]")
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(
+                f"layers={list(self.layers)} is not in ascending order; give each layer once, in the teacher's order: "
+                f"{sorted(set(self.layers))}"
+            )
+
+    @property
+    def depth(self) -> int:
+        """Number of layers that are kept."""
+        return self.layers if isinstance(self.layers, int) else len(self.layers)
 
 
 @dataclass(frozen=True, kw_only=True)

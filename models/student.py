@@ -1,6 +1,7 @@
 """Builds students from some layers of a teacher, or with random weights from a config; and drops vocabulary rows without a token."""
 
 import difflib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,18 +24,18 @@ _FOREIGN_FIELDS = {"rope_theta", "rope_scaling", "rope_interleaved", "torch_dtyp
 
 
 @torch.no_grad()
-def student_by_keeping(teacher_model: "PreTrainedModel", layers: int) -> tuple["PreTrainedModel", list[int]]:
-    """A student made of ``layers`` evenly spread decoder layers of the teacher, embeddings, final norm and head.
+def student_by_keeping(teacher_model: "PreTrainedModel", layers: int | Sequence[int]) -> tuple["PreTrainedModel", list[int]]:
+    """A student made of decoder layers of the teacher, embeddings, final norm and head.
 
     Args:
         teacher_model: A model of a family with an axis map; not changed. If it is on the meta device, the student is too.
-        layers: Number of decoder layers kept, see ``kept_layers``.
+        layers: Number of decoder layers kept, evenly spread, or their indices, ascending; see ``kept_layers``.
 
     Returns:
         (student, kept): fp32 copy on the teacher's device in eval mode with its own config; ascending indices of the teacher's layers.
 
     Raises:
-        UserError: the family is unknown, the number of layers impossible, or layers have different shapes.
+        UserError: the family is unknown, the number of layers impossible or a layer not there, or layers have different shapes.
     """
     # its refusals, before anything is built
     _, kept = kept_config(teacher_model.config, layers)

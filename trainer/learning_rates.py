@@ -8,6 +8,8 @@ from .settings_quantization import QatSettings
 # Peak rate at 192 hidden channels; it falls with 1 / hidden (muP's rule for AdamW matrices, arXiv 2203.03466, table 3).
 BASE_RATES = {"pretrain": 3e-3, "distill": 1.5e-3, "prune": 1e-3, "qat": 6e-4}
 """Peak learning rate of each kind of stage at ``BASE_HIDDEN`` channels; for qat at 3 bits."""
+LOCAL_RATE = 1.5e-3
+"""Peak rate of local distillation at ``BASE_HIDDEN`` channels (docs/lab-book.md)."""
 LORA_FACTOR = 10
 """Adapters train at ten times the rate of weights. This is the usual factor, not measured here."""
 SCALE_RATE_SHARE = 1 / 30
@@ -22,6 +24,11 @@ _NEAREST_KL = 1e-4
 def default_learning_rate(kind: str, hidden: int) -> float:
     """Default peak learning rate of a stage kind for a model with ``hidden`` channels, rounded to two digits."""
     return float(f"{BASE_RATES[kind] * BASE_HIDDEN / hidden:.2g}")
+
+
+def local_rate(hidden: int) -> float:
+    """Default peak learning rate of local distillation for a model with ``hidden`` channels, rounded to two digits."""
+    return float(f"{LOCAL_RATE * BASE_HIDDEN / hidden:.2g}")
 
 
 def rate_at_start(kl: float) -> float:

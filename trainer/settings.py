@@ -1,14 +1,13 @@
 """Settings of data, training and stages: plain dataclasses that ``configs/`` fills from recipes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, ClassVar, Literal
 
 from .. import Bounds, Count, check_fields
 from ..losses.settings import LossSettings
-from ..parts import Part
-from .settings_generation import GenerateSettings
 from .settings_own import CallbackSettings
 from .settings_samples import SamplesSettings
+from .settings_text import SOURCES, BlendPart, TextSettings, labels_of
 from .settings_watching import EarlyStoppingSettings
 from .settings_watching import LoggerSettings as LoggerSettings
 
@@ -27,39 +26,14 @@ Result = Literal["last", "best"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """The text of a run: exactly one of ``builtin``, ``files``, ``hub``, ``generate`` and ``source``."""
+class DataSettings(TextSettings):
+    """The text of a run: exactly one of ``builtin``, ``files``, ``hub``, ``generate``, ``source`` and ``blend``."""
 
-    exactly_one: ClassVar = ("builtin", "files", "hub", "generate", "source")
-    part: ClassVar[Part | None] = None
-    """The data source that ``source`` names; set by the subclass that ``configs/own_settings.py`` makes for it."""
+    exactly_one: ClassVar[tuple[str, ...]] = (*SOURCES, "blend")
 
-    builtin: Literal["python-stdlib"] | None = None
-    """Text that every machine has: the sorted .py files of the running Python's standard library, first 8 MB."""
-    files: tuple[str, ...] | None = None
-    """Local files (txt, md, jsonl, json, csv, tsv, parquet; also compressed with gz, bz2, xz or zst), globs or folders."""
-    hub: str | None = None
-    """Hugging Face dataset id."""
-    hub_config: str | None = None
-    """Configuration name of the hub dataset."""
-    hub_split: str = "train"
-    """Split of the hub dataset."""
-    hub_shards: bool = False
-    """Read the hub dataset over the network, shard by shard and each once, and keep only its tokens: for text that the disk cannot hold.
-    All ranks share the shards. Otherwise it is downloaded whole first."""
-    generate: GenerateSettings | None = None
-    """Text that the recipe's teacher, or the given student, writes itself."""
-    source: str | None = None
-    """Data source that the recipe imports (import); its options stand beside this key."""
-    kind: Literal["text", "chat"] = "text"
-    """text = documents; chat = rows of messages, or of prompt and completion and the like, formatted with the tokenizer's chat template."""
-    mask_prompts: bool = True
-    """chat: train only on the messages of the assistant."""
-    text_field: str = "text"
-    """Column or JSON key that holds the text (jsonl, json, csv, parquet, hub)."""
-    special_tokens: Literal["auto", "text", "control"] = "auto"
-    """How the spelling of a control token in the data (``<|im_end|>``) is tokenized: text = as ordinary text; control = as the token;
-    auto = as text in chats, as the token in documents."""
+    blend: tuple[BlendPart, ...] | None = None
+    """Several texts, each with its own source, kind and weight; windows of all parts are mixed in these shares, and every stretch of the
+    order has them."""
     seq_length: Annotated[int, Bounds(ge=2, why="a window of one token predicts nothing")] = 512
     """Tokens per training and evaluation window."""
     packing: bool = True
@@ -71,37 +45,61 @@ class DataSettings:
     """What is held out of documents that are too long to be held out whole: blocks = windows from all over the text, chosen by the hash of
     their tokens; end = the last tokens of the text. Conversations are never cut into blocks. Default: blocks; a run folder that was begun
     before there were blocks keeps its split."""
-    max_documents: Count | None = None
-    """Read at most this many documents. Default: all."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        # by truth: an empty list of files is no source either
-        given = [name for name in self.exactly_one if getattr(self, name)]
-        if len(given) != 1:
-            raise ValueError(f"data needs exactly one of 'builtin', 'files', 'hub', 'generate' and 'source'; given: {given or 'none'}")
-        if self.source is not None and self.part is None:
-            raise ValueError(
-                f"source={self.source!r} is no data source that the recipe imports; name the file that registers it (import: FILE.py)"
-            )
-        if self.kind == "chat" and self.builtin:
-            raise ValueError("kind=chat needs rows of conversations, and builtin text has none; give 'files' or 'hub'")
-        if self.kind == "chat" and self.generate and self.generate.start == "text":
-            raise ValueError("kind=chat needs conversations, and generate.start is 'text'; leave one of the two out")
-        if self.generate and self.max_documents is not None:
-            raise ValueError(f"max_documents={self.max_documents} is not used with generate, whose size is generate.tokens; leave it out")
-        if self.hub_shards and (not self.hub or self.max_documents is not None):
-            other = (
-                "max_documents, which reads only the first rows anyway" if self.hub else "the other sources, which are read in parts anyway"
-            )
-            raise ValueError(f"hub_shards=true is for a whole dataset of the hub and has no effect on {other}; leave one of the two out")
-        if self.kind == "text" and not self.mask_prompts:
-            raise ValueError("mask_prompts=false has no effect with kind=text, which has no prompts; set kind: chat, or leave it out")
+        self._check_text("data")
+        if self.blend:
+            self._check_blend(self.blend)
         if self.kind == "chat" and self.held_out == "blocks":
             raise ValueError("held_out=blocks would do nothing: conversations are never cut into blocks; leave it out")
         # checked here and not with the text: it fails before anything is read or downloaded
         if self.eval_tokens != "all" and self.eval_tokens < self.seq_length:
             raise ValueError(f"eval_tokens={self.eval_tokens} is shorter than one window of seq_length={self.seq_length}; raise it")
+
+    def _check_blend(self, parts: tuple[BlendPart, ...]) -> None:
+        """Raise ValueError where the parts do not fit each other or the keys beside them."""
+        beside = [entry.name for entry in fields(TextSettings) if getattr(self, entry.name) != entry.default]
+        if beside:
+            raise ValueError(
+                f"{beside[0]}={getattr(self, beside[0])!r} has no effect beside blend; each part has a key {beside[0]} of its own"
+            )
+        if len({part.weight is None for part in parts}) > 1:
+            raise ValueError("blend has parts with 'weight' and parts with 'tokens'; give all parts the same of the two")
+        named = labels_of(parts)
+        if twice := next((name for name in named if named.count(name) > 1), None):
+            raise ValueError(f"blend has two parts of the name {twice!r}; names tell parts apart in metrics and report")
+        for number, part in enumerate(parts):
+            if part.eval_tokens is not None and self.eval_tokens == "all":
+                raise ValueError(
+                    f"blend: part {number} has eval_tokens={part.eval_tokens}, and eval_tokens beside blend is 'all'; remove one"
+                )
+            if part.eval_tokens is not None and part.eval_tokens < self.seq_length:
+                shorter = f"shorter than one window of seq_length={self.seq_length}"
+                raise ValueError(f"blend: part {number} has eval_tokens={part.eval_tokens}, {shorter}; raise it")
+
+    @property
+    def texts(self) -> "dict[str, DataSettings]":
+        """Each text by itself, by the name of its part; the whole, under '', without a blend."""
+        if not self.blend:
+            return {"": self}
+        found: dict[str, DataSettings] = {}
+        for name, part in zip(labels_of(self.blend), self.blend):
+            own = part.part.options if part.part else ()
+            made = part.whole or DataSettings
+            found[name] = made(
+                **{key: getattr(part, key) for key in (*(entry.name for entry in fields(TextSettings)), *own)},
+                seq_length=self.seq_length,
+                packing=self.packing,
+                eval_tokens=part.eval_tokens or self.eval_tokens,
+                # conversations are never cut into blocks, whatever the other parts are
+                held_out=None if part.kind == "chat" else self.held_out,
+            )
+        return found
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether any of the text is conversations."""
+        return any(text.kind == "chat" for text in self.blend or (self,))
 
     @property
     def reads_control_tokens(self) -> bool:

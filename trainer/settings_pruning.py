@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from .. import Count
 from .settings import TrainingBlock
+from .settings_local import LocalSettings
 from .settings_sparsity import CALIBRATION_TOKENS, MovementSettings, SparseGptSettings, WandaSettings, WeightSettings
 from .settings_sparsity import MagnitudeSettings as MagnitudeSettings
 from .settings_structured import StructuredSettings as StructuredSettings
@@ -31,6 +32,8 @@ class PruneSettings(TrainingBlock):
     calibration_tokens: Count | None = None
     """structured, wanda, sparsegpt: tokens of training text to calibrate on, in windows from all over the text, chosen by the seed.
     Default: 32,768 for structured; 262,144 for wanda and sparsegpt."""
+    local: LocalSettings | None = None
+    """One-shot methods: let each layer of the pruned model learn its parent's output, one at a time; such as {tokens: 128k}."""
     allow_partial: bool = False
     """Methods that set weights to zero: continue when less than 95% of the decoder's weights are in linears. The other weights are all
     kept."""
@@ -50,6 +53,8 @@ class PruneSettings(TrainingBlock):
         if trains and self.calibrates and not rounds:
             else_ = ", or cut in rounds with distillation (structured.rounds: 0.3)" if self.structured else ", which keeps the zeros"
             raise ValueError(f"{given[0]} pruning is one shot and takes no 'tokens' or 'steps'; add a distill stage after it{else_}")
+        if self.local is not None and trains:
+            raise ValueError("'local' distils a model that was pruned in one shot, and this stage trains already; leave 'local' out")
         if self.calibration_tokens is None:
             # the dataclass is frozen; the number stands in records and stage keys
             tokens = CALIBRATION_TOKENS if self.wanda or self.sparsegpt else 32_768

@@ -87,16 +87,22 @@ def import_(
 
 @app.command(epilog="Example: decoct verify runs/quickstart/06-export/compressed-tensors")
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Export folder, or a .gguf file.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Export folder, a .gguf file, or a model folder, such as a pruned one.")],
     source: Annotated[
-        Path | None, typer.Option("--source", help="Quantized folder that the export was made from; compared element by element.")
+        Path | None,
+        typer.Option(
+            "--source",
+            help="Quantized folder that the export was made from, or parent that a model was cut from; compared element by element.",
+        ),
     ] = None,
-    runtimes: Annotated[bool, typer.Option("--runtimes/--no-runtimes", help="Also load the export in the installed runtimes.")] = True,
+    runtimes: Annotated[
+        bool, typer.Option("--runtimes/--no-runtimes", help="Also load the export, or run the cut model, in the installed runtimes.")
+    ] = True,
     accept: Annotated[
         list[str] | None, typer.Option("--accept", help="A file that you changed on purpose: record its present content; repeatable.")
     ] = None,
 ) -> None:
-    """Check an export: file hashes, structure, scales, every weight, and what the installed runtimes compute from it."""
+    """Check an export or a pruned model: file hashes, structure, scales, cuts, zeros, and what the installed runtimes compute from it."""
     from .single_stage import run_verify
 
     run_verify(folder, source, runtimes, accept or ())

@@ -39,7 +39,7 @@ def cache(
 
     loaded = load_recipe(recipe, overrides or (), tell=tell_imported)
     if loaded.teacher is None or loaded.teacher.cache is None:
-        raise UserError("the recipe keeps no cache of its teacher; add one: teacher.cache.mode=hybrid (or top_k, sampled)")
+        raise UserError("the recipe keeps no cache of its teacher; add one: teacher.cache.mode=hybrid (or top_k, sampled, hidden)")
     start(loaded, out, only_caches=True)
 
 

@@ -119,4 +119,4 @@ def run_verify(folder: Path, source: Path | None, runtimes: bool, accept: Sequen
     for name, seen in report.runtimes.items():
         console.print(f"  {name}: {outcome_text(seen)}")
     if report.problems:
-        raise UserError(f"{folder} is not what was exported:\n" + "\n".join(f"  - {problem}" for problem in report.problems))
+        raise UserError(f"{folder} is not what was written:\n" + "\n".join(f"  - {problem}" for problem in report.problems))

@@ -38,7 +38,7 @@ class TextChoice:
         return {**source, "seq_length": self.seq_length, **measured}
 
 
-_TEXTS = ("data.files", "data.hub", "data.generate", "data.source")
+_TEXTS = ("data.files", "data.hub", "data.generate", "data.source", "data.blend")
 
 
 def verb_recipe(

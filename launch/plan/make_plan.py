@@ -13,6 +13,7 @@ from .disk import checkpoint_bytes, model_bytes, quantized_bytes
 from .duration import Speed
 from .export_sizes import export_bytes, tokenizer_folder
 from .family_limits import check_families, coverage
+from .feature_memory import feature_case
 from .fitting import cheapest_fit, usable
 from .format_limits import format_problems, planned_model
 from .input_models import check_inputs
@@ -29,14 +30,16 @@ from .shape_budgets import round_notes, search_notes
 from .shapes import ModelShape
 from .stage_shapes import StageShape, makes_own_model, shape_notes, stage_shapes, student_shape, teacher_shape
 from .stage_time import StageWork, timed, training_step
-from .text_disk import tokenized_bytes
+from .text_disk import blend_notes, tokenized_bytes
 from .values import Value, mix_values, recipe_values, settings_values, training_values
 from .work import cache_work
 
 if TYPE_CHECKING:
     from ...configs.recipe import Recipe, StageEntry
+    from ...models.settings import LoadIn
     from ...trainer.plan import TrainingPlan
     from ...trainer.settings_quantization import QuantizeSettings
+    from ...trainer.soft_targets.row_layout import HiddenLayout, RowLayout
 
 
 def plan(
@@ -109,6 +112,7 @@ def _stage(
         training, derived, notes, work = _training(recipe, shape, teacher, machine)
         # a derived value replaces the setting it was derived for (auto, or none)
         values = derived + [value for value in values if value.key not in {other.key for other in derived}]
+        notes = [*blend_notes(recipe.data, training.tokens), *notes]
     if isinstance(entry.settings, QatSettings | QuantizeSettings) and entry.settings.mix and shape.scheme is not None:
         # the mixture decides ``weights``
         values = [value for value in values if ".weights." not in value.key] + mix_values(entry, quantized_linears(after, shape.scheme))
@@ -237,12 +241,13 @@ def _training(
         placement=placement,
         scheme=shape.scheme if entry.kind == "qat" else None,
         scored=entry.kind == "prune" and entry.settings.movement is not None,
+        features=None if taught is None else feature_case(entry, shape.before, taught),
         **_trained_in_qat(entry.settings),
     )
     drawing = None
     if entry.settings.samples is not None:
         sampled = SamplingCase(
-            settings=entry.settings.samples, plan=steps, seq_length=seq, packed=recipe.data.packing, chat=recipe.data.kind == "chat",
+            settings=entry.settings.samples, plan=steps, seq_length=seq, packed=recipe.data.packing, chat=recipe.data.has_chats,
             ranks=machine.ranks,
         )  # fmt: skip
         drawing = sampling_cost(sampled, shape.before, taught, load_in)
@@ -257,6 +262,7 @@ def _training(
     filled = cache_work(taught, seq, load_in) * tokens if cached and taught is not None else None
     # zeros made by a prune stage are kept by every later one, and so its masks are in their checkpoints
     masks = entry.kind == "prune" or any(e.kind == "prune" and e.settings.weights for e in recipe.stages[: entry.index])
+    layout = _cache_layout(recipe, entry, teacher)
     training = Training(
         steps=steps.total_steps,
         tokens=tokens,
@@ -267,7 +273,9 @@ def _training(
         checkpoint_bytes=checkpoint_bytes(shape.before, masks=masks, scored=case.scored),
         # two are kept, with result: best also the best one, and one more exists while it is written
         checkpoints=4 if entry.settings.result == "best" else 3,
-        cache_bytes=_cache_bytes(recipe, entry, teacher, tokens),
+        # no token is seen twice at most
+        cache_bytes=0 if layout is None else layout.bytes * tokens,
+        cache=_cache_words(layout, load_in),
         sampling=drawing,
     )
     values = training_values(entry, steps, seq, machine.ranks, shape.before.hidden, trainer, continues=shape.continues)
@@ -293,12 +301,24 @@ def _trained_in_qat(settings: Any) -> dict[str, Any]:
     return {"learned_scales": settings.scales == "learned", "codes_only": settings.train == "scales", "rank": settings.lora or 0, **rounds}
 
 
-def _cache_bytes(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None, tokens: int) -> int:
-    """Return the largest size of the teacher's cache for a stage, assuming that no token is seen twice."""
-    from ...trainer.soft_targets.row_layout import row_layout
+def _cache_layout(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None) -> "RowLayout | HiddenLayout | None":
+    """Return the layout of the teacher's cache for a stage; None if it reads none."""
+    from ...trainer.soft_targets.row_layout import cache_layout
 
     if teacher is None or recipe.teacher is None or recipe.teacher.cache is None:
-        return 0
+        return None
     if learns_from(entry.settings, has_teacher=True) != "recipe":
-        return 0
-    return row_layout(recipe.teacher.cache, teacher.vocabulary, entry.settings.loss.temperature or 1.0).bytes * tokens
+        return None
+    return cache_layout(recipe.teacher.cache, teacher.vocabulary, teacher.head_width, entry.settings.loss.temperature or 1.0)
+
+
+def _cache_words(layout: "RowLayout | HiddenLayout | None", load_in: "LoadIn") -> str:
+    """Return what a token takes in the cache, and what follows from it; '' without one."""
+    from ...trainer.soft_targets.row_layout import HiddenLayout
+
+    if layout is None:
+        return ""
+    if not isinstance(layout, HiddenLayout):
+        return f"{layout.top + layout.others} tokens per position, {layout.bytes:,} bytes; forward KL"
+    error = "0" if layout.exact(load_in) else "measured when it is filled"
+    return f"last hidden states in {layout.states}, {layout.bytes:,} bytes per position; every divergence, KL(cache || teacher) {error}"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ...losses.block_rows import ACCELERATOR_LIMITS, BUFFERS_ALONE, BUFFERS_WITH_TEACHER, CPU_LIMITS, rows_per_block
 from ...trainer.processes.teacher_memory import teacher_bytes
+from .feature_memory import feature_bytes
 from .memory_case import StageMemoryCase
 from .quantized_shapes import quantized_linears
 from .rounded_inputs import rounded_input_bytes
@@ -35,7 +36,8 @@ class Roles:
     optimizer: int
     """Moments, and movement scores with the weights that they prune."""
     activations: int
-    """Tensors saved for the backward pass, including copies of weights; and those of the teacher's forward pass."""
+    """Tensors saved for the backward pass, including copies of weights; those of the teacher's forward pass; and what losses on hidden
+    states and relations keep of both, with their projectors."""
     logits: int
     """Blocks of logits, and gradients of head and hidden states."""
 
@@ -49,6 +51,7 @@ def training_memory(student: ModelShape, teacher: ModelShape | None, case: Stage
     """Return the bytes by role on one device at the peak of a step."""
     gradients, logits = _gradient_bytes(student, case), _logit_bytes(student, teacher, case)
     activations = _activation_bytes(student, case) + (0 if teacher is None else _teacher_pass(teacher, case))
+    activations += 0 if teacher is None else feature_bytes(student, teacher, case)
     return Roles(
         teacher=0 if teacher is None else teacher_bytes(teacher.as_teacher, case.load_in, case.placement, case.ranks),
         student=_student_bytes(student, case),

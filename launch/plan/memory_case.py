@@ -11,6 +11,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeatureCase:
+    """What a stage's loss compares besides predictions."""
+
+    pairs: int
+    """Pairs of layers whose hidden states are compared; 0 for none."""
+    teacher_layers: int
+    """Layers of the teacher among them."""
+    relations: int
+    """Pairs of layers whose relations are compared; 0 for none."""
+    vectors: str
+    """Letters of the vectors that relations read: q, k, v."""
+    heads: int
+    """Relation heads."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageMemoryCase:
     """Settings that determine the memory of a stage, apart from shapes."""
 
@@ -40,6 +56,8 @@ class StageMemoryCase:
     """Whether quantized linears of the decoder layers read rounded inputs in a qat stage."""
     keeps_outliers: bool = False
     """Whether outliers of these inputs stay unrounded."""
+    features: FeatureCase | None = None
+    """What the loss compares besides predictions; None = nothing."""
     drawn: int = 0
     """Bytes that drawing samples takes beside weights and moments; 0 without samples."""
 

@@ -50,6 +50,8 @@ class Training:
     """Most checkpoints that exist at a time."""
     cache_bytes: int = 0
     """Largest size of the teacher's cache in bytes."""
+    cache: str = ""
+    """What a token takes in it, and what follows from it; '' without one."""
     sampling: Sampling | None = None
     """Samples that it draws; None without any."""
 

@@ -64,6 +64,11 @@ class ModelShape:
         return self.dimensions.vocabulary
 
     @property
+    def head_width(self) -> int:
+        """Return the number of channels that the output head reads; of some families it is not the hidden size."""
+        return self.tensors.get(f"{self.head or self.embedding}.weight", (0, self.hidden))[1]
+
+    @property
     def outside(self) -> int:
         """Return the number of parameters outside the decoder layers: embedding, final norm, head."""
         return sum(_elements(shape) for name, shape in self.tensors.items() if not self.within(name))

@@ -39,6 +39,8 @@ def short_form(plan: Plan) -> str:
             state = {True: "fits", False: "does NOT fit", None: "memory unknown"}[stage.training.fits]
             where = f"{need} a GPU, {state}" if plan.machine.gpus else f"about {need} of memory a process"
             lines.append(f"  {stage.name}: {amount(stage.training.tokens)} tokens in {stage.training.steps:,} steps, {where}")
+        if stage.training and stage.training.cache:
+            lines.append(f"  {stage.name}: teacher's cache: {stage.training.cache}")
         if stage.training and stage.training.sampling:
             lines.append(f"  {stage.name}: {sampling_line(stage.training.sampling)}")
         lines += [f"  {stage.name}: {note}" for note in stage.notes]
@@ -104,6 +106,8 @@ def draw(plan: Plan, console: "Console", *, values: bool = True) -> None:
         console.print(_memory(plan, console.width))
     draw_times(plan, console)
     for stage in plan.stages:
+        if stage.training and stage.training.cache:
+            console.print(f"{_safe(stage.name)}: teacher's cache: {stage.training.cache}", highlight=False, soft_wrap=True)
         if stage.training and stage.training.sampling:
             console.print(f"{_safe(stage.name)}: {sampling_line(stage.training.sampling)}", highlight=False, soft_wrap=True)
         if stage.rounding:

@@ -86,7 +86,7 @@ def student_shape(recipe: "Recipe", teacher: ModelShape | None) -> ModelShape:
             config, _ = kept_config(teacher.config, settings.keep.layers)
         except UserError as error:
             raise ImpossibleStageError(str(error)) from error
-        return shape_of(config, f"{settings.keep.layers} of the teacher's {teacher.layers} layers")
+        return shape_of(config, f"{settings.keep.depth} of the teacher's {teacher.layers} layers")
     fields = dict(settings.config or {})
     if teacher is not None:
         # the tokenizer decides the vocabulary; before it is read, the teacher's is the best guess

@@ -6,11 +6,11 @@ from typing import Any
 
 from ...models.common.files import write_json_atomic, write_text_atomic
 from ...qat.runtimes.outcome_words import outcome_text
-from .bit_widths import width_sentences, width_tables
+from .bit_widths import width_tables
 from .curves import read_curves
 from .page import render_page
 from .searches import search_markdown
-from .sentences import coverage_sentences, exactness, held_out_sentences, protocol_lines, sample_sentences
+from .sentences import exactness, protocol_lines, stage_sentences
 from .tables import report_markdown
 
 Report = dict[str, Any]
@@ -80,10 +80,8 @@ def markdown_report(report: Report) -> str:
     """Return the table, the checks of the exports and the protocol as Markdown."""
     lines = [f"# {report['name']}", "", report_markdown(report), ""]
     lines += [f"- The run ended at a gate: {sentence}." for sentence in report.get("gates", [])]
-    lines += [
-        f"- {sentence}."
-        for sentence in (*coverage_sentences(report), *width_sentences(report), *held_out_sentences(report), *sample_sentences(report))
-    ]
+    told = stage_sentences(report)
+    lines += [f"- {sentence}." for sentence in told]
     for name, kinds in width_tables(report):
         lines += ["", f"| {name}: kind | bits of layer 0, 1, ... |", "|---|---|", *(f"| {kind} | {bits} |" for kind, bits in kinds), ""]
     lines += search_markdown(report)

@@ -4,16 +4,16 @@ from importlib import resources
 from typing import Any
 
 from ...models.common.terminal_text import printable
-from .bit_widths import width_sentences, width_tables
+from .bit_widths import width_tables
 from .curves import Curves
 from .pictures import draw_all, render
 from .searches import search_table, search_words, searches
-from .sentences import coverage_sentences, exactness, held_out_sentences, protocol_lines, sample_sentences
+from .sentences import exactness, protocol_lines, stage_sentences
 from .tables import headings, report_rows
 
 _CAPTIONS = {
     "size-quality": "Each point is a model at the size that it is served at; the line follows the stages of the recipe.",
-    "search": "Shapes that were tried within a budget; the chosen one is named.",
+    "search": "Shapes that were tried within a budget, and in earlier searches for the same model and text; the chosen one is named.",
     "curves": "Training curves from metrics.jsonl; points are measured on a small part of the held-out text during the stage.",
     "sparsity": "Zeros per decoder layer.",
     "bits": "Bits per weight that were chosen for each kind of linear in each decoder layer; 16 = left alone.",
@@ -47,7 +47,7 @@ def render_page(report: dict[str, Any], curves: Curves) -> str:
         protocol=protocol_lines(report),
         searches=[(search_words(stage, search), *search_table(search)) for stage, search in searches(report)],
         exactness=exactness,
-        coverage=[*coverage_sentences(report), *width_sentences(report), *held_out_sentences(report), *sample_sentences(report)],
+        coverage=stage_sentences(report),
         widths=width_tables(report),
         outcome_text=outcome_text,
         samples=_samples(report),

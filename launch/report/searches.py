@@ -52,7 +52,10 @@ def draw_searches(report: Report, figure: "Figure") -> "Figure":
     panels = figure.subplots(1, len(found), squeeze=False).flat
     for (stage, search), axes in zip(found, panels, strict=True):
         tried = search["tried"]
-        axes.scatter([row["parameters"] / 1e6 for row in tried], [row["kl"] for row in tried], s=28, color="#999999", label="as cut")
+        drawn = {"other budgets, as cut": (search.get("others", []), "#dddddd"), "as cut": (tried, "#999999")}
+        for label, (rows, colour) in drawn.items():
+            if rows:
+                axes.scatter([row["parameters"] / 1e6 for row in rows], [row["kl"] for row in rows], s=28, color=colour, label=label)
         for number, tokens in enumerate(search["tokens"]):
             points = [(row["parameters"] / 1e6, row["distilled"][number]) for row in tried if len(row.get("distilled", ())) > number]
             if points:

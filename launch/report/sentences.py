@@ -6,6 +6,7 @@ from ...models.capabilities import percent
 from ...qat.source.plain_source import CastError
 from ...trainer.evaluation.spread import CLEAR
 from ...trainer.loop.standing import best_words
+from .bit_widths import width_sentences
 
 Report = dict[str, Any]
 Row = dict[str, Any]
@@ -108,6 +109,55 @@ def sample_sentences(report: Report) -> list[str]:
             text += f", {given:.4f} on other text" if given is not None else ""
         sentences.append(text)
     return sentences
+
+
+def round_sentences(report: Report) -> list[str]:
+    """Return a sentence for each stage that cut in rounds."""
+    sentences = []
+    for row in report["stages"]:
+        if seen := row.get("rounds"):
+            each = "; ".join(f"{one['shape']} ({percent(one['share'])} of the decoder layers' parameters left)" for one in seen)
+            sentences.append(f"{row['name']} cut in {len(seen)} rounds and distilled on {seen[0]['tokens']:,} tokens after each: {each}")
+    return sentences
+
+
+def term_sentences(report: Report) -> list[str]:
+    """Return a sentence for each stage whose loss had terms besides that on predictions: the size of each, and its weight."""
+    sentences = []
+    for row in report["stages"]:
+        terms = row.get("terms")
+        if terms:
+            parts = [f"{name} {term['mean']:.4f} (weight {term['weight']:g})" for name, term in terms.items()]
+            sentences.append(f"{row['name']}: terms of the loss in the last quarter of the steps: {', '.join(parts)}")
+    return sentences
+
+
+def text_sentences(report: Report) -> list[str]:
+    """Return a sentence for each stage that trained on a blend: the held-out figures of each text, and how often it was read."""
+    sentences = []
+    for row in report["stages"]:
+        parts = []
+        for name, seen in (row.get("texts") or {}).items():
+            figures = [f"KL {seen['held_out_kl']:.4f}"] if "held_out_kl" in seen else []
+            figures += [f"perplexity {seen['held_out_perplexity']:.2f}"] if "held_out_perplexity" in seen else []
+            figures += [f"read {seen['data_epochs']:.2f} times"] if "data_epochs" in seen else []
+            parts.append(f"{name} {', '.join(figures)}")
+        if parts:
+            sentences.append(f"{row['name']}: held out, text by text: {'; '.join(parts)}")
+    return sentences
+
+
+def stage_sentences(report: Report) -> list[str]:
+    """Return all that is told of stages in sentences."""
+    return [
+        *coverage_sentences(report),
+        *width_sentences(report),
+        *held_out_sentences(report),
+        *sample_sentences(report),
+        *term_sentences(report),
+        *text_sentences(report),
+        *round_sentences(report),
+    ]
 
 
 def exactness(export: Row) -> str:

@@ -219,9 +219,7 @@ class ReportRows:
                 "coverage": state.get("coverage"),
                 "held_out": state.get("held_out"),
                 # only where there are any, so that rows without them are those of earlier versions
-                **({"samples": sampled} if (sampled := state.get("samples")) else {}),
-                **({"bits": chosen} if (chosen := state.get("bits")) else {}),
-                **({"search": searched} if (searched := state.get("search")) else {}),
+                **{name: found for name in ("samples", "terms", "texts", "bits", "search", "rounds") if (found := state.get(name))},
                 **seen,
             }
         )

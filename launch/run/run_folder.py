@@ -180,13 +180,13 @@ class StageFolder:
         return True
 
     def drop_checkpoints(self, keep: int, step: int | None = None) -> None:
-        """Delete the stage's checkpoints, its start state and its rounds, which only an unfinished stage needs.
+        """Delete the stage's checkpoints, its start state, rounds and layers, which only an unfinished stage needs.
 
         Args:
             keep: number of checkpoints that stay, the newest ones.
             step: the step whose checkpoint comes before the newest ones, because the stage's model is made of it.
         """
-        for unfinished in ("start", "rounds"):
+        for unfinished in ("start", "rounds", "local"):
             shutil.rmtree(self.path / unfinished, ignore_errors=True)
         # step numbers have leading zeros, so that names sort as numbers
         saves = sorted((self.path / "checkpoints").glob("step-*"), key=lambda save: (save.name == f"step-{step or 0:08d}", save.name))

@@ -18,7 +18,7 @@ from ...trainer.settings_own import OwnSettings
 # Settings of a stage that do not change what it computes: how often it saves, where weights are kept, and what the user accepts.
 _NOT_NUMBERS = {"checkpoint_every", "stream", "allow_partial"}
 # Keys of stages that are not in the stage key where they are not given.
-_LATER = ("wanda", "sparsegpt", "movement", "pattern", "transform", "importance", "mix")
+_LATER = ("wanda", "sparsegpt", "movement", "pattern", "transform", "importance", "mix", "local")
 _TRAINER_NUMBERS = ("precision", "global_batch_tokens", "gradient_clip", "save_dtype", "optimizer")
 
 
@@ -60,6 +60,9 @@ def stage_key(
     for section in (chosen, chosen.get("magnitude") or {}):
         for later in [name for name in _LATER if section.get(name, "") is None]:
             del section[later]
+    if isinstance(chosen.get("loss"), dict) and chosen["loss"].get("features", True) is None:
+        # a loss on predictions alone keeps the keys of versions that had no other
+        chosen["loss"] = {name: value for name, value in chosen["loss"].items() if name != "features"}
     if chosen.get("samples", True) is None:
         # stages without samples keep the keys of versions that had none
         del chosen["samples"]

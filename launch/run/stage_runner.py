@@ -131,6 +131,6 @@ def _teacher_key(teacher: TeacherRef | None) -> str | None:
     if teacher is None:
         return None
     # a cache or a server gives only a part of each distribution, which changes the numbers; its path or address does not
-    kept = f":{teacher.cache.mode}:{teacher.cache.tokens}:{CACHE_FORMAT}" if teacher.cache else ""
+    kept = f":{teacher.cache.mode}:{teacher.cache.states or teacher.cache.tokens}:{CACHE_FORMAT}" if teacher.cache else ""
     kept += f":served:{teacher.served.model}:{teacher.served.tokens}" if teacher.served else ""
     return f"{teacher.content}:{teacher.load_in}{kept}"

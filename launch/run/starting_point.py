@@ -21,15 +21,18 @@ from ...models.sizes import sizes_of
 from ...models.student import student_by_keeping, student_from_config, trim_vocabulary
 from ...models.teachers import TeacherRef
 from ...models.tokenizer.vocabulary import check_same_vocabulary, effective_vocab, embedding_rows, tokens_without_rows
+from ...trainer.data.blended_data import blend_data
 from ...trainer.data.documents import Documents, read_documents
 from ...trainer.data.encoded_text import Helpers, help_encoding
 from ...trainer.data.generated import WritingModel, generated_documents
 from ...trainer.data.known_ids import check_rows
 from ...trainer.data.prepared_data import PreparedData, open_prepared, prepare_data
 from ...trainer.scratch import ScratchTeacher, locate_scratch, make_tokenizer
+from ...trainer.settings import DataSettings
 from ...trainer.stage_plan import reads_text
 from ...trainer.stages.context import RunContext
 from ...trainer.stages.student_and_teacher import current_device
+from .text_parts import naming_part, whole_text
 
 _LOG = logging.getLogger(__name__)
 
@@ -56,18 +59,32 @@ class RunInputs:
 def open_origin(recipe: "Recipe", session: "Session") -> RunInputs:
     """Read the text, make or find the tokenizer, and tokenize once; every rank returns the same result."""
     world = session.world
+    # read on rank 0 alone; the texts of a blend are prepared one after the other, so that all ranks can help with each
+    texts: dict[str, Documents] = {}
+    told = session.on_first(lambda: _prepare(recipe, texts))
+    tokenizer = load_tokenizer(told["tokenizer"], revision=told["revision"])
+    parts: list[PreparedData] = []
+    for name, settings in recipe.data.texts.items():
 
-    def assist(asked: dict[str, Any]) -> None:
-        help_encoding(asked["text"], recipe.data, (asked["tokenizer"], asked["revision"]), world, _LOG.warning)
+        def assist(folder: str, settings: DataSettings = settings) -> None:
+            help_encoding(folder, settings, (told["tokenizer"], told["revision"]), world, _LOG.warning)
 
-    told = session.on_first(lambda: _prepare(recipe, session), assist)
+        def tokenize(name: str = name, settings: DataSettings = settings) -> str:
+            with naming_part(recipe.data, name):
+                helpers = Helpers(world, session.ask) if world.size > 1 else None
+                data = prepare_data(settings, tokenizer, cache_dir(), documents=texts[name], train=_learns(recipe), helpers=helpers)
+                # ids beyond the embedding would fail on a GPU as an assertion without a name
+                check_rows(data, tokenizer, effective_vocab(tokenizer, *_rows(recipe)))
+            return str(data.path)
+
+        parts.append(open_prepared(Path(session.on_first(tokenize, assist))))
     if world.size > 1:
         # from here on data loader workers are forked, of which the library warns when its threads are on
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    tokenizer = load_tokenizer(told["tokenizer"], revision=told["revision"])
     scratch = ScratchTeacher(Path(told["scratch"])) if told["scratch"] else None
     v_eff = effective_vocab(tokenizer, *_rows(recipe))
-    return RunInputs(tokenizer, v_eff, open_prepared(Path(told["data"])), scratch, _without_rows(tokenizer, v_eff))
+    data = blend_data(recipe.data, parts) if recipe.data.blend else parts[0]
+    return RunInputs(tokenizer, v_eff, data, scratch, _without_rows(tokenizer, v_eff))
 
 
 def _rows(recipe: "Recipe") -> list[int | None]:
@@ -86,31 +103,29 @@ def _without_rows(tokenizer: "PreTrainedTokenizerBase", v_eff: int) -> str:
     return f"{count} no row in the embedding of {v_eff:,} rows (from id {first:,}, {token!r}); the text has none of them"
 
 
-def _prepare(recipe: "Recipe", session: "Session") -> dict[str, Any]:
+def _prepare(recipe: "Recipe", texts: dict[str, Documents]) -> dict[str, Any]:
+    """Open each text of the recipe into ``texts``, and the tokenizer (rank 0)."""
     for path in (recipe.student.path, recipe.teacher and recipe.teacher.path):
         if path and Path(path).is_dir():
             check_record(Path(path))  # find damage before hours of tokenizing
-    text = _generated(recipe) if recipe.data.generate else read_documents(recipe.data)
+    for name, settings in recipe.data.texts.items():
+        with naming_part(recipe.data, name):
+            texts[name] = _generated(recipe, settings) if settings.generate else read_documents(settings)
     # phases: the text, the scratch teacher's tokenizer on it, then tokens for everybody
     scratch = None
     if recipe.teacher and recipe.teacher.scratch:
+        text = whole_text(recipe.data, texts)
         scratch = locate_scratch(recipe.teacher.scratch, recipe.data, recipe.trainer, text, recipe.seed)
         make_tokenizer(recipe.teacher.scratch, scratch, text)
     where, revision = _tokenizer_place(recipe, scratch)
-    tokenizer = load_tokenizer(where, revision=revision)
     # before tokenizing, which takes hours for a large text
-    _check_vocabularies(recipe, tokenizer)
-    opened = {"tokenizer": where, "revision": revision}
-    helpers = Helpers(session.world, lambda folder: session.ask({"text": folder, **opened})) if session.world.size > 1 else None
-    data = prepare_data(recipe.data, tokenizer, cache_dir(), documents=text, train=_learns(recipe), helpers=helpers)
-    # ids beyond the embedding would fail on a GPU as an assertion without a name
-    check_rows(data, tokenizer, effective_vocab(tokenizer, *_rows(recipe)))
-    return {**opened, "scratch": str(scratch.folder) if scratch else None, "data": str(data.path)}
+    _check_vocabularies(recipe, load_tokenizer(where, revision=revision))
+    return {"tokenizer": where, "revision": revision, "scratch": str(scratch.folder) if scratch else None}
 
 
-def _generated(recipe: "Recipe") -> Documents:
+def _generated(recipe: "Recipe", settings: DataSettings) -> Documents:
     """The text that the recipe's teacher, or its given student, writes itself; ``configs/checks.py`` refuses recipes without it."""
-    asked = recipe.data.generate
+    asked = settings.generate
     assert asked is not None
     given = recipe.student if asked.model == "student" else recipe.teacher
     assert given is not None and given.path is not None
@@ -125,7 +140,7 @@ def _generated(recipe: "Recipe") -> Documents:
         return model, effective_vocab(tokenizer, embedding_rows(model.config))
 
     writer = WritingModel(name=model_name(path), content=content_hash(path, revision), tokenizer=tokenizer, load=load)
-    return generated_documents(recipe.data, writer, cache_dir(), recipe.seed, _LOG.warning)
+    return generated_documents(settings, writer, cache_dir(), recipe.seed, _LOG.warning)
 
 
 def _learns(recipe: "Recipe") -> bool:

@@ -105,5 +105,37 @@ class FileShelf:
         place(self._model, "cpu")
 
 
+class ReadShelf:
+    """Reads layers from the model's files and drops them again: memory holds one layer, and nothing is written.
+
+    Args:
+        model: On the meta device, from ``empty_model``. Everything outside the layers is read immediately and stays.
+        layers: Its decoder layers.
+        files: The files of the model's weights.
+        device: Device of the work.
+    """
+
+    def __init__(self, model: "PreTrainedModel", layers: Sequence[nn.Module], files: WeightFiles, device: torch.device) -> None:
+        self._model, self._files, self._device = model, files, device
+        inside = _parameters_of(layers)
+        around = nn.ParameterList([parameter for parameter in model.parameters() if id(parameter) not in inside])
+        fill(model, files, dtype=torch.float32, device=device, inside=around)
+        # rotary frequencies, which are in no file
+        materialize_buffers(model, device)
+
+    def bring(self, layer: nn.Module) -> None:
+        """Puts the layer's parameters on the device, in fp32."""
+        fill(self._model, self._files, dtype=torch.float32, device=self._device, inside=layer)
+
+    def drop(self, layer: nn.Module) -> None:
+        """Frees them again."""
+        own = {id(parameter) for parameter in layer.parameters()}
+        for found in parameter_places(self._model):
+            parameter = getattr(found[0][0], found[0][1])
+            if id(parameter) in own:
+                register(found, torch.empty_like(parameter, device="meta"))
+        trim_host()
+
+
 def _parameters_of(layers: Sequence[nn.Module]) -> set[int]:
     return {id(parameter) for layer in layers for parameter in layer.parameters()}

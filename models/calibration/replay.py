@@ -83,9 +83,8 @@ class Replay:
 
     def batches(self) -> Iterator[tuple[int, Tensor | None]]:
         """Yields (number, mask) of every batch: mask is bool [B, S], True for text, or None if there is no padding."""
-        for number, batch in enumerate(self._batches):
-            kept = batch["attention_mask"].bool() if "attention_mask" in batch else None
-            yield number, None if kept is None or bool(kept.all()) else kept.to(self._device)
+        for number in range(len(self._batches)):
+            yield number, self.mask(number)
 
     @property
     def positions(self) -> int:
@@ -96,6 +95,36 @@ class Replay:
     def all_tokens(self) -> int:
         """Tokens of all batches, without padding."""
         return sum(self.tokens(number) for number in range(len(self._batches)))
+
+    def mask(self, number: int) -> Tensor | None:
+        """bool [B, S] of a batch on the device, True for text, or None if there is no padding."""
+        batch = self._batches[number]
+        kept = batch["attention_mask"].bool() if "attention_mask" in batch else None
+        return None if kept is None or bool(kept.all()) else kept.to(self._device)
+
+    def hold(self, hidden: Sequence[Tensor]) -> None:
+        """Replaces the stored hidden states by [B, S, H] on the CPU per batch: what the next layer that runs reads."""
+        self._hidden = list(hidden)
+
+    def held(self) -> list[Tensor]:
+        """The stored hidden states of every batch, after at least one ``finish``."""
+        return [hidden for hidden in self._hidden if hidden is not None]
+
+    def first_inputs(self) -> list[Tensor]:
+        """What the first layer reads of every batch, in fp32 on the CPU."""
+        found: list[Tensor] = []
+
+        def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append((args[0] if args else kwargs["hidden_states"]).to("cpu", torch.float32, copy=True))
+            raise Enough
+
+        for number in range(len(self._batches)):
+            handle = self._layers[0].register_forward_pre_hook(look, with_kwargs=True)
+            try:
+                self.run(0, number)
+            finally:
+                handle.remove()
+        return found
 
     def shorten(self, part: Part, inputs: Sequence[Tensor]) -> None:
         """Until ``forget``, replaces a part of the current layer by its last linear applied to ``inputs``, one tensor per batch.

@@ -1,5 +1,6 @@
 """Indices that a cut keeps along each axis."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,9 +67,8 @@ class Kept:
             family: The model's.
             total: Layers of the parent.
         """
-        owners = {"ffn": family.ffn, "heads": family.attention, "kv_heads": family.attention}
         found: dict[str, Any] = {}
-        for axis, module in owners.items():
+        for axis, module in _owners(family).items():
             if (per_layer := getattr(self, axis)) is not None:
                 found[axis] = {f"{family.layers_path}.{layer}.{module}": kept for layer, kept in zip(self.layers, per_layer)}
         if self.hidden is not None:
@@ -76,3 +76,25 @@ class Kept:
         if len(self.layers) < total:
             found["layers"] = self.layers
         return found
+
+    @classmethod
+    def from_record(cls, entry: Mapping[str, Any], family: Family, total: int) -> "Kept":
+        """The inverse of ``record``; KeyError if a layer that was kept has no list.
+
+        Args:
+            entry: The entry ``kept`` of decoct.json.
+            family: The model's.
+            total: Layers of the parent.
+        """
+        layers = list(entry.get("layers", range(total)))
+        inside = {
+            axis: [list(entry[axis][f"{family.layers_path}.{layer}.{module}"]) for layer in layers]
+            for axis, module in _owners(family).items()
+            if axis in entry
+        }
+        return cls(layers=layers, hidden=list(entry["hidden"]) if "hidden" in entry else None, **inside)
+
+
+def _owners(family: Family) -> dict[str, str]:
+    """Axis inside the layers -> the module of a layer by which the record names its indices."""
+    return {"ffn": family.ffn, "heads": family.attention, "kv_heads": family.attention}

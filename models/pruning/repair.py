@@ -53,6 +53,7 @@ def cut_and_repair(
     *,
     leave: Iterable[str] = (),
     grams: GramsOf | None = None,
+    judge: ParentOutputs | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> tuple["PreTrainedModel", list[Repair]]:
     """``cut`` with release, and then each repair that applies.
@@ -64,6 +65,7 @@ def cut_and_repair(
         held_out: Text that decides whether they are kept.
         leave: Matrices of the parent whose zeros are a mask: they are not refitted.
         grams: Gives the Gram matrices of linears of the parent on ``fit``, where they are known; None = they are summed.
+        judge: The parent's outputs on other text, which decides in place of ``held_out``.
         tell: Gets a line per repair.
 
     Returns:
@@ -72,7 +74,7 @@ def cut_and_repair(
     family = family_of(model)
     before = sizes_of(model.config, family)
     after = kept.sizes(before)
-    judge = ParentOutputs(model, held_out)
+    judge = judge or ParentOutputs(model, held_out)
     # what the choice of factors reads of the parent, while it is there
     norms = None
     if _scales(family, before, after):

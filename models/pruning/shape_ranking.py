@@ -107,10 +107,14 @@ class ShapeRanking:
             if self._judge is None:
                 self._judge = ParentOutputs(self._cache.model, self._windows)
             kl = self._judge.kl(cut(self._cache.model, kept))
-            self._store.put_numbers(self._part, {**known, name: kl})
+            self._store.put_numbers(self._part, {**known, name: {"parameters": shape.parameters, "kl": kl}})
             self._tell(f"  KL {kl:.4f} as cut: {name}")
             return Ranked(shape, kept, kl)
-        return Ranked(shape, kept, known[name])
+        return Ranked(shape, kept, known[name]["kl"])
+
+    def known(self) -> dict[str, dict[str, float]]:
+        """Shape -> ``parameters`` and ``kl`` of all shapes that were ever measured on this text, whatever their budget."""
+        return self._store.numbers(self._part)
 
     @property
     def _part(self) -> str:

@@ -133,24 +133,61 @@ def sliced(tensor: Tensor, family: Family, name: str, kept: Kept, position: int 
     entry = family.entry(name)
     assert entry is not None, name
     for dim, axes in enumerate(entry):
-        parts = axes.split("+")
-        chosen = [kept.of(part, position) for part in parts]
-        if all(indices is None for indices in chosen):
+        if (found := kept_rows(axes, kept, position, before)) is None:
             continue
-        widths = [part_width(part, before) for part in parts]
-        if sum(widths) != tensor.shape[dim]:
-            raise UserError(f"{name} has {tensor.shape[dim]} {axes} where its config says {sum(widths)}; make the model folder again")
-        found: list[int] = []
-        for part, indices, start in zip(parts, chosen, itertools.accumulate(widths, initial=0)):
-            found += [start + index for index in part_rows(part, indices, before)]
+        if (width := dimension_width(axes, before)) != tensor.shape[dim]:
+            raise UserError(f"{name} has {tensor.shape[dim]} {axes} where its config says {width}; make the model folder again")
         # indices on the tensor's own device: layers may lie on several
         tensor = tensor.index_select(dim, torch.tensor(found, device=tensor.device))
     return tensor
 
 
+def formula(family: Family, shapes: Mapping[str, Sequence[int]], sizes: Sizes) -> int:
+    """Parameters of a model of ``sizes``, counted by the axis map.
+
+    Args:
+        family: The model's.
+        shapes: Shape of each parameter of any model of the same kind, tied ones once. They say which parameters there are, and how long the
+            dimensions without an axis are; the layers count as often as ``sizes`` has them.
+        sizes: The sizes.
+    """
+    inside = outside = 0
+    for name, shape in shapes.items():
+        entry = family.entry(name)
+        assert entry is not None, name
+        count = math.prod(dimension_width(axes, sizes) if axes else size for axes, size in zip(entry, shape, strict=True))
+        layer = family.place(name)[0]
+        # all layers have the same tensors
+        inside += count if layer == 0 else 0
+        outside += count if layer is None else 0
+    return inside * sizes.layers + outside
+
+
+def dimension_width(axes: str, sizes: Sizes) -> int:
+    """Rows or columns of a dimension with these axes, one or several parts; 0 for a dimension that is never cut."""
+    return sum(part_width(part, sizes) for part in axes.split("+"))
+
+
 def part_width(part: str, sizes: Sizes) -> int:
     """Rows or columns of one part of a dimension; 0 for a dimension that is never cut."""
     return sizes.width(part)
+
+
+def kept_rows(axes: str, kept: Kept, position: int | None, before: Sizes) -> list[int] | None:
+    """Rows or columns of the parent's tensor that a dimension with these axes keeps, ascending; None if it keeps all of them.
+
+    Args:
+        axes: The dimension's word in the axis map.
+        kept: What stays.
+        position: Number of the layer among the kept ones; None outside the layers.
+        before: Sizes of the parent.
+    """
+    parts = axes.split("+")
+    chosen = [kept.of(part, position) for part in parts]
+    if all(indices is None for indices in chosen):
+        return None
+    starts = itertools.accumulate((part_width(part, before) for part in parts), initial=0)
+    return [start + index for part, indices, start in zip(parts, chosen, starts) for index in part_rows(part, indices, before)]
 
 
 def part_rows(part: str, indices: list[int] | None, sizes: Sizes) -> Sequence[int]:

@@ -1,4 +1,4 @@
-"""Verifies that a folder is still what was exported: hashes, structure, scales, every weight, and the results of installed runtimes.
+"""Verifies that a folder is still what was written: hashes, structure, scales, cuts, every weight, and the results of installed runtimes.
 
 Exports of other tools can be verified too: without a record there is no hash to compare with, and the report notes it.
 """
@@ -17,6 +17,9 @@ from ..rebuild import load_exported_model as load_exported_model
 from ..runtimes.check import check_runtimes
 from ..source.openers import SourceFolder
 from .exactness import check_recorded, prove
+from .pruned import kept_problems, stored_weights, zeros_problems
+from .pruned_model import computed
+from .pruned_parent import parent_problems
 from .structure import structure_problems
 
 if TYPE_CHECKING:
@@ -53,9 +56,10 @@ def verify_folder(
     """Check a model folder without changing it; problems are reported, not raised.
 
     Args:
-        path: An export, a GGUF file, or any other model folder, of which files and any codes are checked.
-        source: The quantized folder it was made from, to compare every weight with.
-        runtimes: Load a sound export in every installed runtime, each in a fresh process, and compare logits.
+        path: An export, a GGUF file, or any other model folder, of which files, any codes and any cut or masks are checked.
+        source: The quantized folder it was made from, to compare every weight with; for a folder that a cut made, its parent.
+        runtimes: Load a sound export or cut model in every installed runtime, each in a fresh process, and compare logits. A cut model is
+            also run here: with and without a cache, and in its parent's shape.
         tokens: int64 [B, S], real text for the runtimes; adds their perplexity.
 
     Raises:
@@ -83,14 +87,19 @@ def verify_folder(
         return report
     if packed:
         _check_packed(path, record, report)
+        # its record is of the plain folder that was exported, in which the cut model is run
+        _check_pruned(path, record, report, run=False)
         if source is not None:
             _check_source(path, source, report)
         if runtimes:
             _check_runtimes(path, tokens, report)
     else:
         _check_plain(path, record, report)
+        _check_pruned(path, record, report, run=runtimes)
         if source is not None:
-            raise UserError(f"{path} is not an export (its weights are plain), so there is nothing to compare with {source.path}")
+            _check_parent(path, record, source.path, report)
+        if runtimes and "kept" in record:
+            _check_runtimes(path, tokens, report)
     return report
 
 
@@ -139,6 +148,16 @@ def _check_source(path: Path, source: SourceFolder, report: VerifyReport) -> Non
     report.note(problems, f"every weight equals that of {source.path}, element by element")
 
 
+def _check_parent(path: Path, record: dict[str, Any], parent: Path, report: VerifyReport) -> None:
+    if "kept" not in record:
+        what = f"{path} is not an export (its weights are plain), and {RECORD} names no cut that made it"
+        raise UserError(f"{what}, so there is nothing to compare with {parent}")
+    # indices that cannot be used are among the problems already
+    if not report.problems:
+        for problems, passed in parent_problems(path, record, parent):
+            report.note(problems, passed)
+
+
 def _check_runtimes(path: Path, tokens: "Tensor | None", report: VerifyReport) -> None:
     if report.problems:
         return
@@ -157,6 +176,23 @@ def _check_runtimes(path: Path, tokens: "Tensor | None", report: VerifyReport) -
                 else f"the same tokens ({seen['top1']:.2%} of {seen['positions']:,})"
             )
             report.checks.append(f"{name} ({seen['version']}) computes {how}")
+
+
+def _check_pruned(path: Path, record: dict[str, Any], report: VerifyReport, *, run: bool) -> None:
+    """Check a folder whose record has a cut or masks; with ``run`` a cut model also computes what its record says."""
+    # what cannot be read is among the problems already
+    if report.problems or not ("kept" in record or record.get("sparse")):
+        return
+    report.note(structure_problems(path, record), "names and shapes are those of config.json")
+    for problems, passed in (kept_problems(path, record), zeros_problems(record, stored_weights(path))):
+        if problems or passed:
+            report.note(problems, passed)
+    if run and "kept" in record and not report.problems:
+        try:
+            for problems, passed in computed(path, record):
+                report.note(problems, passed)
+        except UserError as error:
+            report.note([str(error)], "")
 
 
 def _check_plain(path: Path, record: dict[str, Any], report: VerifyReport) -> None:

@@ -38,7 +38,11 @@ def test_the_planted_model_is_the_same_function_with_larger_inputs(case: Any) ->
 def test_each_system_has_its_rows_and_outliers_cost_the_first_the_most(case: Any, capsys: pytest.CaptureFixture[str]) -> None:
     rows = outliers.measure(case, 32.0, [], ["w4", "w8a8"])
     assert {(row.case, row.system) for row in rows} == {
-        (f"{scheme} {kind}", system) for scheme in ("w4", "w8a8") for kind in ("clean", "planted") for system in outliers.systems()
+        (f"{scheme} {kind}", system)
+        for scheme in ("w4", "w8a8")
+        for kind in ("clean", "planted")
+        for system in outliers.systems()
+        if (scheme, system) != ("w4", "llm.int8")
     }
     cost = {(row.case, row.system): row.value for row in rows if row.metric == "planted"}
     for scheme in ("w4 planted", "w8a8 planted"):

@@ -1,6 +1,7 @@
 """The benchmark of real models: every case is a recipe that decoct takes, and its figures become rows."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ def given(tmp_path: Path) -> argparse.Namespace:
     """The command line with every kind of case."""
     (tmp_path / "text.txt").write_text("words " * 1000)
     return argparse.Namespace(
-        bits=[8, 3], systems=list(real_models.SYSTEMS), calibration_tokens="2k", qat_tokens=["4k"], distill_tokens="4k", step_tokens=1024,
+        bits=[8, 3], groups=[64], systems=list(real_models.SYSTEMS), calibration_tokens="2k", qat_tokens=["4k"], distill_tokens="4k",
         llama_quantize="llama-quantize", peers=[], peer_methods=[], auto_round_steps=1, llama_cpp=None, turns=1,
         calibration=[str(tmp_path / "text.txt")], folder=tmp_path / "work",
     )  # fmt: skip
@@ -73,3 +74,9 @@ def test_a_file_that_cannot_be_read_is_left_out_alone(tmp_path: Path, capsys: py
     assert "Q2_K-llama.cpp is left out: " in capsys.readouterr().err
     # a folder of a recipe or a peer is no GGUF file
     assert real_models.readable(real_models.Case("w4-g64", "rtn", stages=({"quantize": {}},)), tmp_path)
+
+
+def test_the_seconds_of_a_run_are_those_of_its_stages_alone(tmp_path: Path) -> None:
+    rows = [{"kind": "teacher", "seconds": 900.0}, {"kind": "student", "seconds": None}, {"kind": "prune", "seconds": 2.0}]
+    (tmp_path / "report.json").write_text(json.dumps({"stages": [*rows, {"kind": "distill", "seconds": 3.0}]}))
+    assert real_models.stage_seconds(tmp_path) == 5.0

@@ -9,8 +9,10 @@ import pytest
 
 from decoct import Bounds, Count, alternatives, bounds_of, check_fields, choices, field_of, types_of
 from decoct.configs.reading import SECTIONS
+from decoct.losses.settings_features import FeatureSettings, HiddenSettings, RelationSettings
 from decoct.models.settings import KeepSettings, ServedSettings, StudentSettings, TeacherSettings
 from decoct.qat.scheme import SpecChange
+from decoct.qat.transforms.settings import TransformSettings
 from decoct.trainer.settings import DataSettings
 from decoct.trainer.settings_generation import GenerateSettings
 from decoct.trainer.settings_pruning import MagnitudeSettings, PruneSettings, StructuredSettings
@@ -25,11 +27,15 @@ LEAST: dict[type, dict[str, Any]] = {
     StudentSettings: {"path": "a"},
     ServedSettings: {"url": "http://host/v1", "model": "m"},
     KeepSettings: {"layers": 2},
+    HiddenSettings: {"weight": 1.0},
+    RelationSettings: {"weight": 1.0},
+    FeatureSettings: {"hidden": HiddenSettings(weight=1.0)},
     StructuredSettings: {"ffn": 8, "layers": 2},
     **{method: {"keep": 0.5} for method in (MagnitudeSettings, WandaSettings, SparseGptSettings, MovementSettings)},
     EarlyStoppingSettings: {"patience": 1},
     PruneSettings: {"structured": StructuredSettings(ffn=8)},
     SpecChange: {"kind": "int"},
+    TransformSettings: {"method": "smoothquant"},
 }
 """What each dataclass needs to be made at all."""
 

@@ -28,8 +28,8 @@ BROKEN = {
     "mistyped key in a section": (
         HEAD.replace("seq_length", "seq_lenght") + STAGES,
         "my.yaml:3: data.seq_lenght: unknown key, did you mean 'seq_length'? valid here: builtin, files, hub, hub_config, hub_split, "
-        "hub_shards, generate, source, kind, mask_prompts, text_field, special_tokens, seq_length, packing, eval_tokens, "
-        "held_out, max_documents",
+        "hub_shards, generate, source, kind, mask_prompts, text_field, special_tokens, max_documents, blend, seq_length, packing, "
+        "eval_tokens, held_out",
     ),
     "mistyped key at the top": (
         HEAD + STAGES + "trianer: {precision: 32}\n",
@@ -121,7 +121,7 @@ BROKEN = {
     "value where a section belongs": (
         HEAD + "stages:\n  - distill: {tokens: 1M, loss: forward_kl}\n",
         "my.yaml:5: stages.0.distill.loss: must be a section with keys divergence, temperature, t_squared, beta, alpha, balance, "
-        "head_mass, hard_weight; got 'forward_kl'",
+        "head_mass, hard_weight, features; got 'forward_kl'",
     ),
     "short list": (
         HEAD + "stages:\n  - distill: {tokens: 1M, betas: [0.9]}\n",
@@ -184,7 +184,8 @@ BROKEN = {
     ),
     "two sources of text": (
         HEAD.replace("seq_length: 256", "builtin: python-stdlib") + STAGES,
-        "my.yaml:3: data: data needs exactly one of 'builtin', 'files', 'hub', 'generate' and 'source'; given: ['builtin', 'files']",
+        "my.yaml:3: data: data needs exactly one of 'builtin', 'files', 'hub', 'generate', 'source' and 'blend'; given: "
+        "['builtin', 'files']",
     ),
     "percent sign forgotten": (
         HEAD + "stages:\n  - distill: {tokens: 1M, warmup: 5}\n",
@@ -207,7 +208,7 @@ BROKEN = {
         HEAD.replace("teacher: {path: a/teacher}", "teacher: {path: a/teacher, cache: {mode: top_k}}")
         + "stages:\n  - distill: {tokens: 1M, loss: {divergence: jsd}}\n",
         "my.yaml:5: stages.0.distill.loss.divergence: jsd needs the teacher's whole distribution, and teacher.cache keeps a part of it; "
-        "use forward_kl, or remove teacher.cache",
+        "use forward_kl, teacher.cache.mode: hidden, or remove teacher.cache",
     ),
     "a cache that nobody reads": (
         HEAD.replace("teacher: {path: a/teacher}", "teacher: {path: a/teacher, cache: top_k}") + "stages: [quantize]\n",
@@ -255,6 +256,19 @@ BROKEN = {
     "more layers than a known teacher has": (
         HEAD.replace("a/teacher", "HuggingFaceTB/SmolLM2-1.7B").replace("layers: 4", "layers: 30") + STAGES,
         "my.yaml:2: student.keep.layers: 30 layers cannot be kept of a teacher that has 24; give 2 to 24",
+    ),
+    "a layer that a known teacher does not have": (
+        HEAD.replace("a/teacher", "HuggingFaceTB/SmolLM2-1.7B").replace("layers: 4", "layers: [0, 11, 24]") + STAGES,
+        "my.yaml:2: student.keep.layers: layer 24 does not exist in a teacher of 24 layers; they are 0 to 23",
+    ),
+    "layers in another order": (
+        HEAD.replace("layers: 4", "layers: [5, 0, 3]") + STAGES,
+        "my.yaml:2: student.keep.layers: layers=[5, 0, 3] is not in ascending order; give each layer once, in the teacher's order: "
+        "[0, 3, 5]",
+    ),
+    "no layer": (
+        HEAD.replace("layers: 4", "layers: []") + STAGES,
+        "my.yaml:2: student.keep.layers: layers=[] keeps no layer; give a number such as 12, or layers such as [0, 2, 5]",
     ),
     "one layer of a teacher of two": (
         HEAD.replace("path: a/teacher", "scratch: {layers: 2}").replace("layers: 4", "layers: 1") + STAGES,
@@ -459,6 +473,7 @@ BROKEN |= {
 
 
 SEVERAL_KEYS = {
+    "a layer that a known teacher does not have", "layers in another order", "no layer",
     "text that is all held out",
     "a logger twice", "an option of another logger", "an option of no logger",
     "no logger beside one", "no logger at all", "the best weights without evaluations",

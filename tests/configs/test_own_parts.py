@@ -146,7 +146,7 @@ WRONG = {
         "my.yaml:9: stages.0.distill.callbacks.0.name: unknown callback 'plane', did you mean 'plain'? known: "
         "plain, ema"),
     "an option": (("exponent:", "exponnt:"), "my.yaml:8: stages.0.distill.loss.exponnt: unknown key, did you mean 'exponent'? valid here: "
-        "divergence, temperature, t_squared, beta, alpha, balance, head_mass, hard_weight, exponent"),
+        "divergence, temperature, t_squared, beta, alpha, balance, head_mass, hard_weight, features, exponent"),
     "an option's bounds": (("50%", "-1"), "my.yaml:8: stages.0.distill.loss.exponent: -1 is out of range; it must be greater than 0"),
     "an option's type": (("count: 1k", "count: many"), "my.yaml:4: data.count: must be a whole number (64, 500k, 2M); got 'many'"),
     "an option's choice": (("mode: hard", "mode: hrd"),

@@ -92,6 +92,15 @@ def test_student_equals_the_teacher_without_the_other_layers(tiny_model: TinyMod
         assert torch.equal(reloaded(input_ids=IDS).logits, logits)
 
 
+def test_layers_that_are_named_are_those_of_the_student(tiny_model: TinyModel) -> None:
+    teacher: Any = tiny_model("llama", num_hidden_layers=6)
+    student: Any
+    student, kept = student_by_keeping(teacher, (1, 2, 4))
+    assert kept == [1, 2, 4]
+    with torch.no_grad():
+        torch.testing.assert_close(student(input_ids=IDS).logits, _with_layers_removed(teacher, kept))
+
+
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_student_generates_the_same_with_and_without_cache(tiny_model: TinyModel, variant: str) -> None:
     model_type, fields = VARIANTS[variant]

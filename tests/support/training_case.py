@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoct.losses.settings import LossSettings
+from decoct.losses.settings_features import FeatureSettings, HiddenSettings, RelationSettings
 from decoct.losses.sums import LossSums
 from decoct.models.families import decoder_linears
 from decoct.models.teachers import LocalTeacher
 from decoct.qat.scheme import SpecChange
 from decoct.qat.spec import ActivationSpec, QuantSpec
 from decoct.trainer.loop import placed_student
+from decoct.trainer.loop.features import Features, Wanted
 from decoct.trainer.loop.fit import FitResult, TrainingPlan, fit
 from decoct.trainer.loop.held_out import HeldOut, derive_watch
 from decoct.trainer.loop.hooks import KeepZeros, MaskHook, StepHook
@@ -159,8 +161,8 @@ class Case:
     """What a test varies."""
 
     kind: str = "distill"
-    """distill, pretrain, prune (scheduled masks), nm (of a pattern), movement (of scores), sparse (kept zeros), qat (sparse and quantized)
-    or learned (quantized, own scales)."""
+    """distill, pretrain, prune (scheduled masks), nm (of a pattern), movement (of scores), sparse (kept zeros), qat (sparse and quantized),
+    learned (quantized, own scales) or features (hidden states through projectors, and relations)."""
     steps: int = 24
     windows: int = 8
     micro: int = 4
@@ -327,11 +329,22 @@ class Case:
 
     def objective(self) -> Objective:
         """Forward KL to a fixed teacher, or cross-entropy."""
+        if self.kind == "features":
+            return featured(self.student())
         if self.kind == "pretrain":
             return Objective(None, LossSettings(hard_weight=1.0), v_eff=VOCAB)
         if self.samples:
             return Objective(LocalTeacher(tiny_model(2, dropout=0.0), v_eff=VOCAB), LossSettings(), v_eff=VOCAB)
         return Objective(LocalTeacher(tiny_model(2, dropout=0.0), v_eff=VOCAB), LossSettings(hard_weight=0.25), v_eff=VOCAB)
+
+
+def featured(student: LlamaForCausalLM, dtype: torch.dtype = torch.float32) -> Objective:
+    """An objective with terms on hidden states and relations of a deeper and wider teacher."""
+    settings = FeatureSettings(hidden=HiddenSettings(weight=0.5, loss="nmse"), relations=RelationSettings(weight=0.3))
+    model: Any = tiny_model(2, dropout=0.0, layers=4, hidden=48)
+    teacher = LocalTeacher(model.to(dtype), v_eff=VOCAB)
+    features = Features(Wanted(settings=settings, hidden=[(0, 1), (1, 3)], relations=[(1, 3)]), student, teacher, seed=7)
+    return Objective(teacher, LossSettings(hard_weight=0.25, features=settings), v_eff=VOCAB, features=features)
 
 
 def quantizers(student: nn.Module, settings: QatSettings, case: Case, kind: type[QatSchedule] = QatSchedule) -> QatSchedule:
@@ -362,6 +375,8 @@ def run_case(case: Case, work: Path, *, console: Console | None = None, **change
         "console": console,
     }
     objective = changes.pop("objective", None) or case.objective()
+    if (features := getattr(objective, "features", None)) is not None and features.projectors is not None:
+        arguments["hooks"] = [features.projectors, *arguments["hooks"]]
     if case.ledger:
         objective = Ledger(objective, work)
     changes.setdefault("held_out", case.held_out(getattr(objective, "objective", objective)))

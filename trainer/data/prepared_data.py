@@ -57,12 +57,12 @@ class PreparedData:
     left_out: dict[str, int]
     """What was left out, cut, replaced or is not learned, by reason."""
     path: Path
-    """The cache entry; ``open_prepared`` opens it on other ranks."""
+    """The cache entry, which ``open_prepared`` opens on other ranks; of a blend the folder of the entries of its parts."""
 
     @property
     def packed(self) -> bool:
         """Whether windows hold several documents, which models must keep separate."""
-        return self.train.starts is not None
+        return self.train.packed
 
 
 def prepare_data(

@@ -70,6 +70,11 @@ class Windows:
         """Real tokens of all windows."""
         return self.rows.size if self.lengths is None else int(self.lengths.sum(dtype=np.int64))
 
+    @property
+    def packed(self) -> bool:
+        """Whether windows hold several documents."""
+        return self.starts is not None
+
     def __len__(self) -> int:
         return self.rows.shape[0]
 

@@ -13,6 +13,7 @@ from ...models.common.errors import UserError
 from ...models.common.host_memory import peak_bytes
 from ..checkpoints.read import Checkpoint, TrainingState
 from ..checkpoints.write import save_checkpoint
+from ..data.blend import Blend
 from ..plan import TrainingPlan, derive_seed
 from ..processes.world import World, value_of_first
 from ..progress import Progress
@@ -43,6 +44,8 @@ class StageLoop:
     """Evaluates the student during training; None = no evaluation."""
     windows: int = 0
     """Training windows of the text, for the share of it that was seen; 0 = unknown."""
+    blend: Blend | None = None
+    """Shares of the texts that the windows belong to; None for one text."""
     samples: Samples | None = None
     """Replaces windows by samples before they are trained on; None = the given text alone."""
 
@@ -233,10 +236,17 @@ class LoopCallback(pl.Callback):
             "tokens_per_second": speed,
             "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes(),
             "data_epochs": record.step * plan.batch.global_windows / self.loop.windows if self.loop.windows else None,
+            **self._epochs(record.step),
             "seconds": self.seconds,
         }
         self.loop.metrics.write(self.loop.stage, record.step, self.last)
         self.loop.progress.update(record.step, record.values["loss"], record.input_tokens)
+
+    def _epochs(self, step: int) -> dict[str, float]:
+        """How often each text of a blend has been read."""
+        blend = self.loop.blend
+        taken = blend.epochs(step * self.loop.plan.batch.global_windows) if blend else {}
+        return {f"data_epochs.{name}": epochs for name, epochs in taken.items()}
 
     def _save(self, module: TrainingModule, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Saves a checkpoint, each rank its part. A failed save is reported and training goes on, except after the last step."""

@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 from ...models.common.errors import MemoryFullError, NonFiniteError
 from ...models.common.memory_errors import asked_for, out_of_memory
 from ..checkpoints.read import Checkpoint
+from ..data.order import blend_of
 from ..data.windows import WindowSource
 from ..plan import TrainingPlan as TrainingPlan
 from ..processes.sharding import ParameterViews
@@ -136,11 +137,20 @@ def fit(
         say=say,
         held_out=held_out,
         windows=len(windows),
+        blend=blend_of(windows),
         samples=samples,
     )
     callback = LoopCallback(loop, found)
     module = TrainingModule(
-        student, objective, plan, hooks=hooks, world=world, signals=StopSignals(), start_step=start, shard=placed.prepare()
+        student,
+        objective,
+        plan,
+        hooks=hooks,
+        world=world,
+        signals=StopSignals(),
+        start_step=start,
+        shard=placed.prepare(),
+        texts=blend.names if (blend := blend_of(windows)) else (),
     )
     with quiet(), determinism(plan.deterministic):
         trainer = lightning_trainer(plan, world, [callback, *callbacks, SavingCallback(callback)], metrics, work)

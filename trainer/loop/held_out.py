@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -17,12 +18,16 @@ from ...losses.settings import LossSettings
 from ...losses.shift import MASKED
 from ...models.eval_mode import eval_mode
 from ...models.teachers import Teacher
+from ..data.blend import largest_remainder
+from ..data.joined_windows import with_part
+from ..data.order import blend_of
 from ..data.windows import WindowSource
 from ..processes.world import World, sum_over_ranks
-from ..soft_targets.cached import SparseTeacher
+from ..soft_targets.cached import SparseTeacher, knows_given_text_alone
 from .module import Objectivelike, TrainingModule
 from .objective import Objective
 from .rng import capture_generators, restore_generators
+from .split_sums import PART_SUMS
 from .standing import EVALUATIONS, spread
 
 SHARE = 0.04
@@ -64,6 +69,7 @@ def derive_watch(
     available: int,
     ranks: int,
     decides: bool = False,
+    texts: int = 1,
 ) -> Watch | None:
     """Derives when a stage is evaluated and on how many windows; None = never (``every`` is 0, the stage is too short, or no text).
 
@@ -76,6 +82,7 @@ def derive_watch(
         ranks: Processes that share the work, each with the same number of windows.
         decides: The evaluations decide what the stage ends with. Then they are the same for any number of ranks, on at least
             ``LEAST_DECIDING`` tokens, and a stage that is too short for ``auto`` is evaluated too.
+        texts: Texts of a blend; each has a window at least.
     """
     if every == 0 or not available:
         return None
@@ -88,8 +95,9 @@ def derive_watch(
     evaluations = -(-total_steps // every) + 1
     # at least one, even if that is above the budget, because ``every`` is the user's explicit choice
     least = -(-LEAST_DECIDING // seq_length) if decides else 1
-    windows = min(max(least, budget // evaluations), max(1, MOST_TOKENS // seq_length), available)
-    if decides or windows < ranks:
+    windows = min(max(least, texts, budget // evaluations), max(texts, MOST_TOKENS // seq_length), available)
+    # of a blend a few windows less may be all of a text
+    if decides or windows < ranks or texts > 1:
         return Watch(every=every, windows=windows)
     # a multiple of the ranks, so that each has the same number
     return Watch(every=every, windows=windows // ranks * ranks)
@@ -108,10 +116,11 @@ class HeldOut:
     def __init__(self, text: WindowSource, watch: Watch, teacher: Teacher | SparseTeacher | None, v_eff: int) -> None:
         self.watch = watch
         self._text = text
-        # evenly spread over the text, and the same in every evaluation, so that the figures are comparable
-        self._chosen = [index * len(text) // watch.windows for index in range(watch.windows)]
+        blend = blend_of(text)
+        self._texts = blend.names if blend else ()
+        self._chosen = _chosen_windows(text, watch.windows)
         # hard_weight decides what runs: 1 leaves the teacher out, 0 measures the KL; the cross-entropy is summed in both cases
-        dense = None if isinstance(teacher, SparseTeacher) else teacher
+        dense = None if isinstance(teacher, SparseTeacher) or knows_given_text_alone(teacher) else teacher
         self._objective: Objectivelike = Objective(dense, LossSettings(hard_weight=1.0 if dense is None else 0.0), v_eff=v_eff)
 
     @property
@@ -124,14 +133,14 @@ class HeldOut:
         return step % self.watch.every == 0 or step == total_steps
 
     def evaluate(self, module: TrainingModule, forward_context: AbstractContextManager[None], world: World) -> dict[str, float | None]:
-        """``FIGURES`` of the current student, the same on every rank; all ranks must call it.
+        """``FIGURES`` of the current student, and ``<figure>.<text>`` of each text of a blend, the same on every rank; all ranks call it.
 
         Random generators, modules' modes and the hooks' observations are as before afterwards, and nothing reaches the optimizer.
         """
         generators = capture_generators(module.device)
         self._objective.to(module.device)
         # tokens, KL, cross-entropy; fp64, because sums over ranks and windows must not depend on their order in a visible digit
-        totals = torch.zeros(3, dtype=torch.float64, device=module.device)
+        totals = torch.zeros(3 + len(PART_SUMS) * len(self._texts), dtype=torch.float64, device=module.device)
         try:
             # the precision plugin's context: autocast as in training, so the figures are those of the model that trains
             with torch.no_grad(), eval_mode(module.student), forward_context:
@@ -146,7 +155,14 @@ class HeldOut:
             if isinstance(hook, Watcher):
                 hook.forget_seen()
         # the one collective here (a sharded student has its own), and the one transfer to the host
-        tokens, kl, cross_entropy = sum_over_ranks(totals).tolist()
+        tokens, kl, cross_entropy, *rest = sum_over_ranks(totals).tolist()
+        found = self._figures(tokens, kl, cross_entropy)
+        for number, name in enumerate(self._texts):
+            tokens, _, kl, cross_entropy = rest[number * len(PART_SUMS) : (number + 1) * len(PART_SUMS)]
+            found |= {f"{figure}.{name}": value for figure, value in self._figures(tokens, kl, cross_entropy).items()}
+        return found
+
+    def _figures(self, tokens: float, kl: float, cross_entropy: float) -> dict[str, float | None]:
         if not tokens:
             return dict.fromkeys(FIGURES)
         return {
@@ -171,17 +187,31 @@ class HeldOut:
     def _row(self, index: int | None) -> dict[str, Tensor]:
         """A window; None = one without a token to predict."""
         if index is not None:
-            return self._text[index]
-        row = self._text[self._chosen[0]]
+            return with_part(self._text, index)
+        row = with_part(self._text, self._chosen[0])
         return {**row, "labels": torch.full_like(row["labels"], MASKED)}
+
+
+def _chosen_windows(text: WindowSource, count: int) -> list[int]:
+    """Windows evenly spread over the text, and over each text of a blend: the same in every evaluation, so that figures are comparable."""
+    blend = blend_of(text)
+    sizes, begins = (blend.sizes, blend.begins.tolist()) if blend else ((len(text),), [0])
+    counts = largest_remainder([Fraction(size, len(text)) for size in sizes], count, least=min(1, count // len(sizes)))
+    return [begin + index * size // own for begin, size, own in zip(begins, sizes, counts) for index in range(own)]
 
 
 def held_out_text(values: dict[str, float | None]) -> str:
     """The figures as text: 'held-out KL 0.0412, perplexity 104.58'; '' if there are none."""
-    kl, perplexity = (values.get(name) for name in FIGURES)
+    whole = _words(values, "")
+    texts = [name.removeprefix(f"{FIGURES[1]}.") for name in values if name.startswith(f"{FIGURES[1]}.")]
+    listed = "; ".join(f"{name} {words}" for name in texts if (words := _words(values, f".{name}")))
+    return f"held-out {whole}" + (f" ({listed})" if listed else "") if whole else ""
+
+
+def _words(values: dict[str, float | None], ending: str) -> str:
+    kl, perplexity = (values.get(f"{name}{ending}") for name in FIGURES)
     parts = [f"KL {kl:.4f}"] if kl is not None else []
-    parts += [f"perplexity {perplexity:.2f}"] if perplexity is not None else []
-    return f"held-out {', '.join(parts)}" if parts else ""
+    return ", ".join([*parts, *([f"perplexity {perplexity:.2f}"] if perplexity is not None else [])])
 
 
 def _finite(value: float) -> float | None:

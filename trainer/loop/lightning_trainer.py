@@ -15,6 +15,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..data.joined_windows import with_part
 from ..data.order import StepBatches
 from ..data.windows import WindowSource
 from ..plan import TrainingPlan
@@ -36,7 +37,7 @@ class _Indexed(Dataset[dict[str, Tensor]]):
         return len(self._windows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {**self._windows[index], INDEX: torch.tensor(index)}
+        return {**with_part(self._windows, index), INDEX: torch.tensor(index)}
 
 
 def loader(windows: WindowSource, plan: TrainingPlan, world: World, start: int) -> DataLoader[dict[str, Tensor]]:

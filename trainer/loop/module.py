@@ -21,9 +21,9 @@ from ..plan import TrainingPlan, learning_rate
 from ..processes.sharding import ParameterViews, reshard
 from ..processes.world import World, gather_bytes, sum_over_ranks
 from .hooks import StepHook
-from .objective import SplitSums
 from .optimizer import build_optimizer
 from .signals import StopSignals
+from .split_sums import PART_SUMS, SplitSums
 from .start_rate import StartRate
 
 INDEX = "index"
@@ -62,7 +62,8 @@ class StepRecord:
     """Input tokens without padding."""
     values: dict[str, float | None]
     """Means over unmasked tokens: loss, kl, cross_entropy, teacher_entropy, top1, covered_mass (None if no token was to be predicted, or
-    no teacher is there to measure against); and learning_rate, grad_norm. With samples also own_kl and given_kl, and own_tokens."""
+    no teacher is there to measure against); and learning_rate, grad_norm. With samples also own_kl and given_kl, and own_tokens. With
+    features also the terms of the loss, without their weights: loss_predictions, loss_hidden, loss_relations."""
     stop: int | None
     """Signal number if any rank received one, else None."""
 
@@ -104,8 +105,11 @@ class TrainingModule(pl.LightningModule):
         signals: StopSignals,
         start_step: int,
         shard: "Shard | None" = None,
+        texts: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        self.texts = tuple(texts)
+        """Names of the texts of a blend, whose sums are kept apart."""
         self.student = student
         # in a function, because torch registers every module that is assigned to an attribute
         self._objective: Callable[[], Objectivelike] = lambda: objective
@@ -113,6 +117,7 @@ class TrainingModule(pl.LightningModule):
         self._forward: Callable[[], _Forward] = lambda: forward
         self._shard = shard
         self._views: ParameterViews | None = None
+        self._own: set[int] = set()
         self.plan = plan
         self.hooks = tuple(hooks)
         self.world = world
@@ -122,6 +127,7 @@ class TrainingModule(pl.LightningModule):
         self._sums: Tensor | None = None
         self._losses: list[tuple[Tensor, Tensor]] = []
         self._split = False
+        self._terms: tuple[str, ...] = ()
         self._norm: Tensor | None = None
         self._record: StepRecord | None = None
 
@@ -139,6 +145,7 @@ class TrainingModule(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW with the plan's numbers, over this rank's part of the student."""
         self._views = ParameterViews(self.student)
+        self._own = {id(view) for view in self._views.views.values()}
         return build_optimizer(self.student, self.plan, self._views.views)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
@@ -157,9 +164,13 @@ class TrainingModule(pl.LightningModule):
         # fp64, and kept on the device: reading the sums here would make the host wait for every micro-batch
         parts = [getattr(sums, name) for name in _SUMS] + [batch["attention_mask"].sum()]
         # every batch of a stage with samples has them, on every rank
-        self._split = isinstance(sums, SplitSums)
-        parts += [sums.own_tokens, sums.own_kl] if isinstance(sums, SplitSums) else []
-        vector = torch.stack([part.detach().to(torch.float64) for part in parts])
+        if isinstance(sums, SplitSums):
+            self._split = sums.own_tokens is not None
+            parts += [part for part in (sums.own_tokens, sums.own_kl) if part is not None]
+            # the terms of a stage's loss are the same in every batch, too
+            self._terms = tuple(sums.terms)
+            parts += sums.terms.values()
+        vector = torch.cat([torch.stack([part.detach().to(torch.float64) for part in parts]), _of_texts(sums)])
         self._sums = vector if self._sums is None else self._sums + vector
         self._losses.append((batch[INDEX], sums.loss.detach()))
         # the sum, not the mean: Lightning divides by the accumulation count, DDP and FSDP2 by the ranks; see on_before_optimizer_step
@@ -173,9 +184,13 @@ class TrainingModule(pl.LightningModule):
             forward.set_requires_all_reduce((batch_idx + 1) % self.plan.batch.accumulation == 0)
 
     def evaluation_sums(self, batch: Mapping[str, Tensor], objective: Objectivelike) -> Tensor:
-        """fp64 [3]: sums of tokens, KL and cross-entropy of a micro-batch. Call it without gradients; the step's sums do not change."""
+        """fp64 [3]: sums of tokens, KL and cross-entropy of a micro-batch, and of blended text [4 * texts] ``PART_SUMS`` of each text.
+
+        Call it without gradients; the step's sums do not change.
+        """
         _, sums = self._forward()(batch, objective)
-        return torch.stack([part.detach().to(torch.float64) for part in (sums.tokens, sums.kl, sums.cross_entropy)])
+        whole = torch.stack([part.detach().to(torch.float64) for part in (sums.tokens, sums.kl, sums.cross_entropy)])
+        return torch.cat([whole, _of_texts(sums)])
 
     def reshard(self) -> None:
         """Frees the weights that FSDP2 keeps gathered from a forward to its backward pass, after a forward without a backward."""
@@ -202,7 +217,7 @@ class TrainingModule(pl.LightningModule):
         # before the norm: hooks drop gradients, of removed weights for example, which must not count in it
         for hook in self.hooks:
             hook.before_step(step)
-        self._norm = total_norm = self._total_norm(gradients)
+        self._norm = total_norm = self._total_norm(parameters)
         # one transfer for all numbers: the only place per step where the host waits for the device
         *sums, norm = torch.cat([totals, total_norm.to(totals)[None]]).tolist()
         self._refuse_non_finite(step, sums, norm)
@@ -225,12 +240,18 @@ class TrainingModule(pl.LightningModule):
             # computing the norm again would read every gradient once more, and if sharded take another collective
             clip_grads_with_norm_([p for group in optimizer.param_groups for p in group["params"]], float(gradient_clip_val), self._norm)
 
-    def _total_norm(self, gradients: list[Tensor]) -> Tensor:
+    def _total_norm(self, parameters: list[Tensor]) -> Tensor:
         """Global norm of the gradients; for a sharded student over the rows of all ranks."""
-        norm = get_total_norm(gradients)
+        found = [(id(parameter), parameter.grad) for parameter in parameters if parameter.grad is not None]
+        # what a hook has added to the optimizer is whole on every rank
+        added = [gradient for key, gradient in found if key not in self._own]
+        norm = get_total_norm([gradient for key, gradient in found if key in self._own] if self.views.sharded else [g for _, g in found])
         # Ranks hold disjoint rows, so squares add up; under hsdp each row is there once per machine. Under DDP every rank already has the
         # same gradients
-        return (sum_over_ranks(norm.square()) / self.views.copies).sqrt() if self.views.sharded else norm
+        if not self.views.sharded:
+            return norm
+        squares = sum_over_ranks(norm.square()) / self.views.copies
+        return (squares + get_total_norm(added).square() if added else squares).sqrt()
 
     def take_record(self) -> StepRecord | None:
         """Returns the record of a finished step once; None between micro-batches."""
@@ -255,7 +276,9 @@ class TrainingModule(pl.LightningModule):
 
     def _describe(self, step: int, sums: list[float], norm: float, rate: float) -> StepRecord:
         tokens, loss, kl, cross_entropy, teacher_entropy, top1, covered, inputs, *rest = sums
-        own, stops = (rest[:2], rest[2:]) if self._split else ([], rest)
+        own, rest = (rest[:2], rest[2:]) if self._split else ([], rest)
+        terms, rest = rest[: len(self._terms)], rest[len(self._terms) :]
+        by_text, stops = rest[: len(PART_SUMS) * len(self.texts)], rest[len(PART_SUMS) * len(self.texts) :]
         count = max(tokens, 1.0)
         # a step without a token to predict has no loss: a 0 in the curves would look like a perfect student
         learnt = tokens > 0
@@ -270,6 +293,8 @@ class TrainingModule(pl.LightningModule):
             "learning_rate": rate,
             "grad_norm": norm,
             **(_parted(tokens, kl, *own) if own else {}),
+            **{f"loss_{name}": term / count if learnt else None for name, term in zip(self._terms, terms, strict=True)},
+            **_text_values(self.texts, by_text, taught=self._objective().has_teacher),
         }
         return StepRecord(step, int(inputs), values, self.signals.agreed(stops))
 
@@ -300,6 +325,23 @@ class TrainingModule(pl.LightningModule):
                 "forward_kl, jsd, skew_forward_kl or skew_reverse_kl."
             )
         return "Lower the learning rate, or look at these windows and the teacher's logits."
+
+
+def _of_texts(sums: LossSums) -> Tensor:
+    """``PART_SUMS`` of the texts of a blend, fp64 [texts * 4]; empty without one."""
+    parts = sums.parts if isinstance(sums, SplitSums) else None
+    return sums.loss.new_zeros(0, dtype=torch.float64) if parts is None else parts.detach().flatten()
+
+
+def _text_values(texts: Sequence[str], sums: Sequence[float], *, taught: bool) -> dict[str, float | None]:
+    """Loss and KL per token of each text of a blend; None for one of which the step had no token to predict."""
+    values: dict[str, float | None] = {}
+    for number, name in enumerate(texts):
+        tokens, loss, kl, _ = sums[number * len(PART_SUMS) : (number + 1) * len(PART_SUMS)]
+        values[f"loss.{name}"] = loss / tokens if tokens else None
+        if taught:
+            values[f"kl.{name}"] = kl / tokens if tokens else None
+    return values
 
 
 def _parted(tokens: float, kl: float, own_tokens: float, own_kl: float) -> dict[str, float | None]:

@@ -22,7 +22,7 @@ from ...models.common.files import sha256_json
 from ...models.drawing import Drawing, drawn_ids, own_chances
 from ...models.eval_mode import eval_mode
 from ..checkpoints.read import step_folders
-from ..data.order import StepBatches
+from ..data.order import StepBatches, WindowOrder
 from ..data.prompts import prompts_of
 from ..data.windows import WindowSource
 from ..plan import TrainingPlan, derive_seed
@@ -30,9 +30,9 @@ from ..processes.world import World, gather_bytes
 from ..settings_samples import SamplesSettings
 from .held_out import Watcher
 from .module import TrainingModule
-from .objective import OWN
 from .rng import capture_generators, restore_generators
 from .sample_file import Sample, SampleRow, file_of, read_samples, row_from, stored_steps, write_samples
+from .split_sums import OWN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,7 +91,7 @@ class Samples:
         self._rows: dict[int, SampleRow] = {}
         # of the teacher, where windows come again: window -> its samples
         self._known: dict[int, tuple[Sample, ...]] = {}
-        self._keeps = settings.by_teacher and plan.total_steps * plan.batch.global_windows > len(windows)
+        self._keeps = settings.by_teacher and WindowOrder(windows, plan.seed).repeats(plan.total_steps * plan.batch.global_windows)
         self._restored = False
         if settings.share and not any(self._prompts(index) for index in range(min(len(windows), _LOOKED_AT))):
             raise UserError(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from ... import lazy_names
 
 if TYPE_CHECKING:
+    from .cached import CachedStates as CachedStates
     from .cached import CachedTeacher as CachedTeacher
     from .cached import SparseTeacher as SparseTeacher
     from .served import ServedTeacher as ServedTeacher

@@ -8,7 +8,10 @@ from torch import Tensor
 
 from ...losses.shift import MASKED
 from ...losses.sparse import SparseTargets
+from ...models.families import HeadTransform
 from ...models.settings import CacheSettings
+from ...models.teachers.local import Hidden
+from .hidden_rows import HiddenFormat, read_head
 from .keys import sequence_keys
 from .packed_rows import RowFormat
 from .row_layout import row_layout
@@ -83,6 +86,58 @@ class CachedTeacher:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
+
+
+class CachedStates:
+    """A teacher whose last hidden states are read from its cache; a loss takes it for one in memory.
+
+    Args:
+        store: Holds all sequences of the training, and the head.
+        form: Layout of its rows.
+        transform: Of the logits after the head.
+        name: Name of the teacher in ``describe``.
+    """
+
+    def __init__(self, store: Store, form: HiddenFormat, transform: HeadTransform, name: str) -> None:
+        self._store, self._form, self._transform, self._name = store, form, transform, name
+        self._weight, self._bias = read_head(store.folder)
+
+    @property
+    def v_eff(self) -> int:
+        """Tokens of the real vocabulary."""
+        return self._form.v_eff
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the head, and decodes on this device from now on."""
+        self._weight = self._weight.to(device)
+        self._bias = None if self._bias is None else self._bias.to(device)
+        return self
+
+    def hidden_and_head(self, batch: Mapping[str, Tensor]) -> Hidden:
+        """Last hidden states of ``batch`` and the head; zeros at positions that predict no token.
+
+        Raises:
+            UserError: a sequence is not in the cache.
+        """
+        device, labels = self._weight.device, batch["labels"]
+        # bytes go to the device and are decoded there
+        states = self._form.decode(self._store.read(sequence_keys(batch)).to(device, non_blocking=True))
+        hidden = states.new_zeros(*labels.shape, self._form.hidden)
+        # rows are those of the positions before unmasked labels, as ``capture`` writes them
+        hidden[:, :-1][(labels[:, 1:] != MASKED).to(device)] = states
+        return hidden, self._weight, self._bias, self._transform
+
+    def describe(self) -> str:
+        """Name, and how states are stored."""
+        return f"the cache of {self._name} (last hidden states in {self._form.states}, {self._form.bytes} bytes per position)"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+
+def knows_given_text_alone(teacher: Any) -> bool:
+    """Whether a teacher has predictions for the text that it was asked about, and for no other: a cache, or a server."""
+    return isinstance(teacher, SparseTeacher | CachedStates)
 
 
 def spread(known: SparseTargets, labels: Tensor) -> SparseTargets:

@@ -15,6 +15,7 @@ from ...losses.sparse import SparseTargets
 from ...models.teachers import Teacher
 from .cached import SparseTeacher
 from .choosing import choose_rows, packed_rows
+from .hidden_rows import HiddenFormat, divergence_of_states
 from .keys import noise_of, sequence_keys
 from .packed_rows import RowFormat
 from .store import Store
@@ -52,27 +53,35 @@ def stack(windows: "Windows", indices: Sequence[int]) -> dict[str, Tensor]:
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def capture(teacher: Teacher | SparseTeacher, windows: "Windows", indices: Sequence[int], store: Store, form: RowFormat) -> Iterator[int]:
+def capture(
+    teacher: Teacher | SparseTeacher, windows: "Windows", indices: Sequence[int], store: Store, form: RowFormat | HiddenFormat
+) -> Iterator[int]:
     """Adds the teacher's predictions of windows to ``store``; yields the tokens of each batch, for progress bars.
 
     The same window gives the same bytes in every batch, order and process, as far as the teacher's own arithmetic does.
     """
     keys: list[bytes] = []
     rows: list[Tensor] = []
-    kl = tokens = 0.0
+    kl = tokens = worst = 0.0
     began = time.monotonic()
     size = max(1, BATCH_TOKENS // windows.seq_length)
     for first in range(0, len(indices), size):
         batch = stack(windows, indices[first : first + size])
-        for key, (data, error) in zip(sequence_keys(batch), encoded(teacher, batch, form)):
+        if isinstance(form, HiddenFormat):
+            assert isinstance(teacher, Teacher), "a server gives no hidden states, and recipes that ask for them are refused"
+            made = encoded_states(teacher, batch, form)
+        else:
+            made = ((data, error, 0.0) for data, error in encoded(teacher, batch, form))
+        for key, (data, error, most) in zip(sequence_keys(batch), made):
             keys.append(key)
             rows.append(data)
-            kl, tokens = kl + error, tokens + len(data)
+            kl, tokens, worst = kl + error, tokens + len(data), max(worst, most)
         # by time as well as by size: with a slow teacher a shard may take hours to fill
         full = sum(len(part) for part in rows) * form.bytes >= SHARD_BYTES or time.monotonic() - began > SHARD_SECONDS
         if full or first + size >= len(indices):
-            store.add(keys, rows, {"kl": kl, "tokens": tokens})
-            keys, rows, kl, tokens, began = [], [], 0.0, 0.0, time.monotonic()
+            figures = {"kl": kl, "tokens": tokens}
+            store.add(keys, rows, {**figures, "worst_kl": worst} if isinstance(form, HiddenFormat) else figures)
+            keys, rows, kl, tokens, worst, began = [], [], 0.0, 0.0, 0.0, time.monotonic()
         yield int(batch["attention_mask"].sum())
 
 
@@ -105,6 +114,28 @@ def encoded(teacher: Teacher | SparseTeacher, batch: Mapping[str, Tensor], form:
             # rows are about a hundred bytes; log_p [block, V] is dropped here
             parts.append(data.cpu())
         yield (torch.cat(parts) if parts else torch.empty(0, form.bytes, dtype=torch.uint8)), error
+
+
+@torch.no_grad()
+def encoded_states(teacher: Teacher, batch: Mapping[str, Tensor], form: HiddenFormat) -> Iterator[tuple[Tensor, float, float]]:
+    """Yields (rows [n, bytes] uint8 in host memory, summed KL(cache || teacher), largest KL of a token) for each sequence of a batch."""
+    hidden, head, bias, transform = teacher.hidden_and_head(batch)
+    flat, labels = shift_for_next_token(hidden, batch["labels"].to(hidden.device))
+    weight: Tensor | None = None
+    block = max(1, _BLOCK_ELEMENTS // form.v_eff)
+    for sequence, own in zip(flat.view(len(hidden), -1, flat.shape[1]), labels.view(len(hidden), -1)):
+        states = sequence[own != MASKED]
+        data = form.encode(states)
+        stored = form.decode(data)
+        error = worst = 0.0
+        # what is stored as it is has a KL of exactly 0, without a product with the head
+        if not torch.equal(stored.to(torch.float32), states.to(torch.float32)):
+            weight = in_full_precision(head[: form.v_eff]) if weight is None else weight
+            for first in range(0, len(states), block):
+                part = slice(first, first + block)
+                kl = divergence_of_states(stored[part], states[part], weight, None if bias is None else bias[: form.v_eff], transform)
+                error, worst = error + float(kl.sum()), max(worst, float(kl.max()))
+        yield data.cpu(), error, worst
 
 
 def _encoded_again(teacher: SparseTeacher, batch: Mapping[str, Tensor], form: RowFormat) -> Iterator[tuple[Tensor, float]]:

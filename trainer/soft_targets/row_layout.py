@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ...models.settings import CACHED_BYTES, MOST_TOKENS, MOST_TOP_K, CacheSettings
+from ...models.settings import CACHED_BYTES, MOST_TOKENS, MOST_TOP_K, CacheSettings, LoadIn, StoredStates
 
 SCALE_BITS = 12
 DRAWN_LEVELS = 80
@@ -48,8 +48,44 @@ class RowLayout:
         return -(-sum(self.widths) // 8)
 
 
+GROUP = 64
+"""Channels of a state in int8 that share a scale."""
+
+
+@dataclass(frozen=True)
+class HiddenLayout:
+    """Layout of a row that holds a hidden state (``hidden_rows`` says how)."""
+
+    v_eff: int
+    hidden: int
+    states: StoredStates
+    temperature: float = 1.0
+    """Of no effect: states are those of every temperature."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a row."""
+        if self.states == "int8":
+            return self.hidden + 2 * -(-self.hidden // GROUP)
+        return self.hidden * (4 if self.states == "fp32" else 2)
+
+    def exact(self, load_in: LoadIn) -> bool:
+        """Whether states of a teacher that is loaded like this are stored as they are."""
+        return self.states == "fp32" or (self.states == "bf16" and load_in != "fp32")
+
+
+def cache_layout(settings: CacheSettings, v_eff: int, hidden: int, temperature: float) -> RowLayout | HiddenLayout:
+    """Layout of a cache's rows, of either kind; ``hidden`` is the teacher's hidden size."""
+    if settings.mode == "hidden":
+        return HiddenLayout(v_eff, hidden, settings.states or "bf16")
+    return row_layout(settings, v_eff, temperature)
+
+
 def row_layout(settings: CacheSettings, v_eff: int, temperature: float) -> RowLayout:
-    """Layout of a cache's rows. Without ``settings.tokens`` a row holds as many tokens as fit into ``CACHED_BYTES``."""
+    """Layout of a cache's rows. Without ``settings.tokens`` a row holds as many tokens as fit into ``CACHED_BYTES``.
+
+    The mode must be one that keeps tokens.
+    """
 
     def form(tokens: int) -> RowLayout:
         # top_k: four exact ranks, the rest as a set of ascending ids, which takes fewer bits

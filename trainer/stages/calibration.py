@@ -8,7 +8,7 @@ import torch
 from ...models.batches import check_packing
 from ...models.calibration.calibration_text import CalibrationText
 from ...models.common.errors import UserError
-from ..data.order import sample_order
+from ..data.order import WindowOrder
 from ..data.windows import Windows
 from ..plan import derive_seed
 from ..rounding_settings import BATCH_TOKENS as BATCH_TOKENS
@@ -22,7 +22,8 @@ def calibration_text(windows: Windows, tokens: int, seed: int) -> CalibrationTex
     """Windows in a random order until they hold ``tokens`` tokens, or all of them.
 
     The order depends only on ``seed`` and the number of windows: two stages of a recipe calibrate on the same text, and a larger ``tokens``
-    keeps the same windows and adds more. Prompts of conversations count as text; padding is masked.
+    keeps the same windows and adds more. Of a blend the windows come in its shares, each once. Prompts of conversations count as text;
+    padding is masked.
 
     Args:
         windows: Training windows.
@@ -31,7 +32,7 @@ def calibration_text(windows: Windows, tokens: int, seed: int) -> CalibrationTex
     """
     chosen: list[dict[str, torch.Tensor]] = []
     left = tokens
-    for index in sample_order(len(windows), derive_seed(seed, "calibration"), 0).tolist():
+    for index in WindowOrder(windows, derive_seed(seed, "calibration")).once():
         if left <= 0:
             break
         row = windows[index]

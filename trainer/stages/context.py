@@ -97,13 +97,17 @@ class Trained:
     """What the evaluations during the stage say (``trainer.loop.standing.facts``); None without one that counts."""
     samples: Mapping[str, Any] | None = None
     """What was sampled (``sample_facts``); None without samples, and on ranks other than 0."""
+    terms: Mapping[str, Any] | None = None
+    """Terms of the loss (``term_facts``); None for a loss on predictions alone, and on ranks other than 0."""
+    texts: Mapping[str, Any] | None = None
+    """Last figures of each text of a blend (``text_facts``); None for one text, and on ranks other than 0."""
     # frozen, so all may share one default
     rounders: StudentRounders = StudentRounders()
     """Hooks whose ranges are stored in the quantized folder."""
 
     def watched(self) -> dict[str, Any]:
-        """``held_out`` and ``samples`` as facts of the stage's record, where there are any."""
-        facts = {"held_out": self.held_out, "samples": self.samples}
+        """``held_out``, ``samples``, ``terms`` and ``texts`` as facts of the stage's record, where there are any."""
+        facts = {"held_out": self.held_out, "samples": self.samples, "terms": self.terms, "texts": self.texts}
         return {name: dict(fact) for name, fact in facts.items() if fact}
 
 

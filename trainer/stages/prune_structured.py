@@ -1,18 +1,16 @@
 """Structured half of stage `prune`: channels, heads, hidden width and depth in one shot, on calibration text."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from ...models.axis_map import WIDTHS, Axis, Family, check_map
 from ...models.capabilities import percent
-from ...models.common.errors import UserError
 from ...models.family_map import family_of
 from ...models.folder.loading import find_model_folder, load_config
 from ...models.folder.model_folder import read_record
 from ...models.pruning.kept_record import ROOT, root_record
+from ...models.pruning.parent_outputs import ParentOutputs
 from ...models.pruning.repair import Repair, cut_and_repair, refitted
 from ...models.pruning.shape_choice import selected
 from ...models.pruning.structured import cut
@@ -22,13 +20,12 @@ from ...models.sizes import WORDS, Sizes, sizes_of, target_sizes
 from ..settings_pruning import PruneSettings
 from .calibration import BATCH_TOKENS, calibration_text
 from .context import StageContext, StageResult
+from .local_layers import distil_locally, split_text, told_locally
 from .saving import CARRIED, save_student
 from .score_caches import score_cache, shape_space, tell_scores
 from .shape_search import find_shape
 from .student_and_teacher import whole_student
 from .zeros import input_zeros
-
-Row = dict[str, torch.Tensor]
 
 
 def prune_structured(settings: PruneSettings, context: StageContext) -> StageResult:
@@ -59,7 +56,7 @@ def prune_structured(settings: PruneSettings, context: StageContext) -> StageRes
         asked, found = searched.kept, {"search": searched.facts}
     after = target_sizes(config, family, asked)
     touched = family.cut_share(matrices, asked)
-    fit, held_out = _repair_text(settings, context) if structured.repair else ([], [])
+    fit, held_out = split_text(context, settings.calibration_tokens, step=BATCH_TOKENS) if structured.repair else ([], [])
     # the repairs are fitted on the text of the scores, unless there is too little: then one pass gives both
     same = sum(map(len, (batch["input_ids"] for batch in fit))) == sum(map(len, (batch["input_ids"] for batch in text)))
     wanted = [name for name in refitted(family, asked, before.layers) if name not in zeros] if structured.repair else []
@@ -68,54 +65,46 @@ def prune_structured(settings: PruneSettings, context: StageContext) -> StageRes
     kept = selected(cache, asked, score=score, depth_score=structured.depth_score or "block_influence")
     tell_scores(cache, context)
     repairs: list[Repair] = []
+    carried = of_kept_layers(zeros, family, kept.layers)
+    local = settings.local
+    # of the parent, which is emptied when it is cut
+    judge = None if local is None else ParentOutputs(student, split_text(context, local.tokens, settings.calibration_tokens)[1])
     if structured.repair:
         grams = (cache if same else score_cache(context, student, fit)).grams
-        student, repairs = cut_and_repair(student, kept, fit, held_out, leave=zeros, grams=grams, tell=context.say)
+        student, repairs = cut_and_repair(student, kept, fit, held_out, leave=zeros, grams=grams, judge=judge, tell=context.say)
         if left := set(refitted(family, asked, before.layers)) & set(zeros):
             context.say(f"  {len(left)} output projections have zeros that stay, and are not refitted")
     else:
         student = cut(student, kept, release=True)
     _tell(context, family, asked, before, after)
+    told: dict[str, Any] = {"repairs": [repair.record() for repair in repairs]} if repairs else {}
+    if local is not None and judge is not None:
+        start = judge.kl(student)
+        told |= told_locally(distil_locally(local, context, student, kept, carried, settings.calibration_tokens), context.say)
+        told |= _kl(repairs, start, judge.kl(student), context)
     facts = {
         "kept": kept.record(family, before.layers),
         "parent_shape": before.record(),
         ROOT: root_record(read_record(find_model_folder(context.input, context.input_revision, weights=False)), family, before, kept),
         "repairs": [repair.record() for repair in repairs],
-        CARRIED: of_kept_layers(zeros, family, kept.layers),
+        CARRIED: carried,
+        **told,
     }
     save_student(student, context, facts)
     context.say(f"  cut {percent(touched)} of the decoder's weights along {_list(asked)}")
-    told = {**({"repairs": facts["repairs"]} if repairs else {}), **found}
+    told |= found
     coverage = {"share": touched, "left": {}}
     return StageResult(model=context.model, seconds=time.perf_counter() - started, facts={"coverage": coverage, **told})
 
 
-def _repair_text(settings: PruneSettings, context: StageContext) -> tuple[list[Row], list[Row]]:
-    """(batches that repairs are fitted on, batches that judge them): the windows of the scores, and a quarter more.
-
-    If the training text has no more windows, the last quarter of them judges.
-    """
-    assert settings.calibration_tokens is not None
-    train, seed, tokens = context.run.data.train, context.run.seed, settings.calibration_tokens
-    fit = _rows(calibration_text(train, tokens, seed).batches)
-    # a larger number of tokens keeps the same windows and adds more
-    held_out = _rows(calibration_text(train, tokens + max(1, tokens // 4), seed).batches)[len(fit) :]
-    if not held_out:
-        quarter = max(1, len(fit) // 4)
-        fit, held_out = fit[:-quarter], fit[-quarter:]
-    if not fit:
-        raise UserError("prune.structured.repair needs two windows of training text, one to fit on and one to judge by; give more text")
-    size = max(1, BATCH_TOKENS // train.seq_length)
-    return _batched(fit, size), _batched(held_out, size)
-
-
-def _rows(batches: Sequence[Mapping[str, torch.Tensor]]) -> list[Row]:
-    return [{key: values[row] for key, values in batch.items()} for batch in batches for row in range(len(batch["input_ids"]))]
-
-
-def _batched(rows: list[Row], size: int) -> list[Row]:
-    groups = [rows[at : at + size] for at in range(0, len(rows), size)]
-    return [{key: torch.stack([row[key] for row in group]) for key in group[0]} for group in groups]
+def _kl(repairs: list[Repair], start: float, end: float, context: StageContext) -> dict[str, Any]:
+    """KL from the parent, in nats per token of the held-out windows, as cut, repaired and after local distillation: told, and as a fact."""
+    found = {"cut": repairs[0].before if repairs else start, **({"repaired": start} if repairs else {}), "local": end}
+    words = {"cut": "as cut", "repaired": "after repairs", "local": "after local distillation"}
+    context.say(f"  KL from the parent on held-out windows: {', '.join(f'{kl:.4f} {words[name]}' for name, kl in found.items())}")
+    if end > start:
+        context.say("  local distillation made the whole model worse: leave 'local' out, or give it more tokens")
+    return {"local_kl": found}
 
 
 def _tell(context: StageContext, family: Family, kept: Mapping[Axis, int], before: Sizes, after: Sizes) -> None:

@@ -26,6 +26,7 @@ from ..stage_plan import NOTHING_MOVES, moves_nothing
 from .calibration import text_record, told_text
 from .context import StageContext, StageResult, Trained
 from .coverage import check_coverage, coverage_facts
+from .local_layers import distil_locally, told_locally
 from .saving import save_student, save_trained
 from .student_and_teacher import current_device, open_student, whole_student
 from .training import train_student, training_plan
@@ -80,11 +81,15 @@ def prune_once(settings: PruneSettings, context: StageContext) -> StageResult:
     else:
         student, kept, facts = _on_text(settings, context)
     linears = decoder_linears(student)
+    told: dict[str, Any] = {}
+    if settings.local is not None:
+        seen = settings.calibration_tokens if settings.calibrates else None
+        told = told_locally(distil_locally(settings.local, context, student, None, list(linears), seen), context.say)
     stored = _Stored(settings, linears, kept)
-    save_student(student, context, {"sparse": list(linears), "pruning": {**stored.record(), **facts}}, stored.check)
+    save_student(student, context, {"sparse": list(linears), "pruning": {**stored.record(), **facts}, **told}, stored.check)
     context.say(f"  {stored.words()}")
     covered = coverage_facts(context, "pruned among", linears)
-    return StageResult(model=context.model, seconds=time.perf_counter() - started, facts=covered)
+    return StageResult(model=context.model, seconds=time.perf_counter() - started, facts={**covered, **told})
 
 
 def _by_magnitude(magnitude: MagnitudeSettings, student: "PreTrainedModel") -> None:

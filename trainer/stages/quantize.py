@@ -57,9 +57,10 @@ class RoundingSource:
 def finish(settings: QuantizeSettings, context: StageContext, trained: None) -> StageResult:
     """Round, fold and write the quantized folder (rank 0)."""
     started = time.perf_counter()
+    # before widths are chosen, which takes minutes and writes a file
+    _check_transform(settings, context)
     asked, settings = settings, settle(settings, context)
     check_coverage(context, allow_partial=settings.allow_partial, skip=settings.skip)
-    _check_transform(settings, context)
     with _opened(settings, context) as source:
         text = stage_text(settings, context, source.model) if settings.calibrates else None
         rounded = round_and_tell(settings, context, source, text)

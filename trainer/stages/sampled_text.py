@@ -13,7 +13,7 @@ from ..loop.samples import Samples, Writers
 from ..plan import TrainingPlan
 from ..settings import TrainingBlock
 from ..settings_samples import SamplesSettings
-from ..soft_targets.cached import SparseTeacher
+from ..soft_targets.cached import SparseTeacher, knows_given_text_alone
 from .context import TrainingContext
 from .student_and_teacher import OpenStudent
 
@@ -32,7 +32,7 @@ def open_samples(
     asked, run = settings.samples, context.run
     if asked is None:
         return None
-    if teacher is None or isinstance(teacher, SparseTeacher):
+    if teacher is None or knows_given_text_alone(teacher):
         # a recipe is refused before any work (configs/checks.py); this is for those who call the stage from Python
         raise UserError(
             f"{context.name}: samples are text that only a teacher in memory can judge; remove samples, or teacher.cache and teacher.served"

@@ -60,7 +60,7 @@ def score_cache(context: StageContext, model: "PreTrainedModel", batches: Batche
 def tell_scores(cache: ScoreCache, context: StageContext) -> None:
     """Print whether scores were computed, and how long that took."""
     kept = "" if context.scores else ", and kept for other shapes of this model"
-    how = f"computed in {cache.seconds:,.2f} s{kept}" if cache.computed else f"known from an earlier cut, read in {cache.seconds:,.2f} s"
+    how = f"computed in {cache.seconds:,.2f} s{kept}" if cache.computed else f"computed before, read in {cache.seconds:,.2f} s"
     context.say(f"  scores: {how}")
 
 

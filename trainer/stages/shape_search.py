@@ -16,7 +16,7 @@ from ...models.pruning.parent_outputs import ParentOutputs
 from ...models.pruning.ranks import Ranks
 from ...models.pruning.score_cache import ScoreCache
 from ...models.pruning.score_store import ScoreStore
-from ...models.pruning.shape_ranking import Ranked, ShapeRanking
+from ...models.pruning.shape_ranking import ShapeRanking
 from ...models.pruning.structured import cut
 from ...models.shape_search import ShapeSpace
 from ..loop.metrics import MetricsSink
@@ -52,7 +52,8 @@ def find_shape(settings: PruneSettings, context: StageContext, space: ShapeSpace
     """The best shape of the budget (rank 0), after ``distil_shapes`` if the settings ask for it."""
     assert settings.structured is not None
     search, before = settings.structured.found_by, space.before
-    ranked = _ranked(settings, context, space, cache, text)
+    ranking = _ranking(settings, context, space, cache, text)
+    ranked = ranking.best(space.shapes, search.measured)
     rounds = [_round(context, number) for number in range(len(search.rounds()))]
     rows = []
     for one in ranked:
@@ -72,6 +73,7 @@ def find_shape(settings: PruneSettings, context: StageContext, space: ShapeSpace
         "tokens": [tokens for _, tokens in search.rounds()],
         "chosen": best.words(before),
         "tried": [rows[at] for at in order],
+        "others": [{"shape": name, **told} for name, told in ranking.known().items() if name not in {row["shape"] for row in rows}],
     }
     return Found(best.kept(before), facts)
 
@@ -91,7 +93,8 @@ def distil_shapes(settings: PruneSettings, context: StageContext) -> None:
     store = ScoreStore(context.folder / "search")
     if world.is_first and not store.numbers(_RANKED):
         space = shape_space(model.config, structured)
-        best = _ranked(settings, context, space, score_cache(context, model, text), text)[: rounds[0][0]]
+        ranking = _ranking(settings, context, space, score_cache(context, model, text), text)
+        best = ranking.best(space.shapes, structured.found_by.measured)[: rounds[0][0]]
         store.put_numbers(_RANKED, {"names": [one.shape.words(space.before) for one in best], "kept": [vars(one.kept) for one in best]})
     # the ranking takes its time: waiting in a collective could time out
     while not store.numbers(_RANKED):
@@ -172,23 +175,21 @@ class _Candidates:
         return fit_student(student, block, inner, plan, self._teacher).student
 
 
-def _ranked(settings: PruneSettings, context: StageContext, space: ShapeSpace, cache: ScoreCache, text: Batches) -> list[Ranked]:
+def _ranking(settings: PruneSettings, context: StageContext, space: ShapeSpace, cache: ScoreCache, text: Batches) -> ShapeRanking:
     structured = settings.structured
     assert structured is not None
-    search, shapes = structured.found_by, space.shapes
+    sizes = sorted(shape.parameters / 1e6 for shape in space.shapes)
     context.say(
-        f"  search: {len(shapes):,} aligned shapes within {space.budget.words()}, {shapes[-1].parameters / 1e6:,.2f}M to "
-        f"{max(shape.parameters for shape in shapes) / 1e6:,.2f}M parameters"
-    )
-    ranking = ShapeRanking(
+        f"  search: {len(sizes):,} aligned shapes within {space.budget.words()}, {sizes[0]:,.2f}M to {sizes[-1]:,.2f}M parameters"
+    )  # fmt: skip
+    return ShapeRanking(
         cache,
-        _windows(text, search.windows),
+        _windows(text, structured.found_by.windows),
         cache.store,
         score=structured.score or "weight_activation",
         depth_score=structured.depth_score or "block_influence",
         tell=context.say,
     )
-    return ranking.best(shapes, search.measured)
 
 
 def _round(context: StageContext, number: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 from ...models.common.errors import UserError
 from ...models.dimensions import hidden_size
 from ...models.teachers import Teacher
+from ..data.order import blend_of
 from ..loop.fit import fit
 from ..loop.held_out import HeldOut, derive_watch
 from ..loop.hooks import StepHook
@@ -19,7 +20,9 @@ from ..settings import TrainingBlock
 from ..settings_pruning import PruneSettings
 from ..soft_targets.cached import SparseTeacher
 from ..stage_plan import derive_plan, derive_steps
+from .blended_text import text_facts
 from .context import RunContext, StageContext, StudentRounders, Trained, TrainingContext
+from .features import open_features, term_facts
 from .sampled_text import open_samples, sample_facts
 from .student_and_teacher import OpenStudent, recipe_teacher, stage_teacher
 
@@ -89,11 +92,14 @@ def fit_student(
     """``train_student`` with an open teacher; None trains on the text alone."""
     run = context.run
     _announce(context, plan, teacher)
-    objective = Objective(teacher, settings.loss, v_eff=run.v_eff)
+    features = open_features(settings, student, context, plan, teacher)
+    objective = Objective(teacher, settings.loss, v_eff=run.v_eff, features=features)
     samples = open_samples(settings, student, context, plan, teacher)
     held_out = _held_out(context, plan, teacher)
     own = own_callbacks(settings.callbacks)
     start = [StartRate(plan, context.say)] if plan.rate_from_start else []
+    # first, so that the gradients that the user's hooks see are those of all ranks
+    projectors: list[StepHook] = [features.projectors] if features is not None and features.projectors is not None else []
     result = fit(
         student.model,
         objective,
@@ -102,7 +108,7 @@ def fit_student(
         work=context.folder,
         stage=context.name,
         # the user's hooks come first, so that zeros stay zero whatever they do to the weights (law 4, docs/architecture.md)
-        hooks=[*own.hooks, *hooks, *start],
+        hooks=[*projectors, *own.hooks, *hooks, *start],
         callbacks=own.lightning,
         metrics=run.metrics,
         console=run.console,
@@ -112,8 +118,14 @@ def fit_student(
     )
     sampled = sample_facts(run.metrics.path, context.name, settings.samples)
     return Trained(
-        student=result.student, tokens=result.tokens, seconds=result.seconds, held_out=result.held_out, samples=sampled
-    )  # fmt: skip
+        student=result.student,
+        tokens=result.tokens,
+        seconds=result.seconds,
+        held_out=result.held_out,
+        samples=sampled,
+        terms=term_facts(run.metrics.path, context.name, settings.loss.features),
+        texts=text_facts(run.metrics.path, context.name, run.data.train),
+    )
 
 
 def _announce(context: TrainingContext, plan: TrainingPlan, teacher: Teacher | SparseTeacher | None) -> None:
@@ -145,6 +157,7 @@ def _held_out(context: TrainingContext, plan: TrainingPlan, teacher: Teacher | S
         available=len(text),
         ranks=current_world().size,
         decides=selects,
+        texts=len(blend.names) if (blend := blend_of(text)) else 1,
     )
     if watch is None:
         if selects:

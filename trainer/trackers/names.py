@@ -38,8 +38,10 @@ def tracked(values: Mapping[str, float | None]) -> dict[str, float]:
         # trackers have no null: values that are None stay in the file only
         if value is None or name == TOKENS:
             continue
-        shown, factor = _NAMES.get(name, (f"train/{name}", 1.0))
-        found[shown] = float(value) * factor
+        # figures of a text of a blend end with its name: held_out_kl.math
+        figure, dot, text = name.partition(".")
+        shown, factor = _NAMES.get(figure, (f"train/{figure}", 1.0))
+        found[f"{shown}{dot}{text}"] = float(value) * factor
     return found
 
 

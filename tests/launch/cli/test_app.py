@@ -90,6 +90,7 @@ SURFACE = {
         "model",
         "overrides",
         "--method",
+        "--transform",
         "--bits",
         "--budget",
         "--group-size",

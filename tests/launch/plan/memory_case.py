@@ -1,7 +1,7 @@
 """Real training stages, each in a fresh process, beside what the plan says of their memory: prints both as JSON, a line a stage.
 
-``python memory_case.py KIND[+checkpointing][+cuda] ...``; KIND is distill or qat. On a CPU the rise of anonymous memory over the state
-after imports, on a GPU the allocator's peak.
+``python memory_case.py KIND[+checkpointing][+features][+cuda] ...``; KIND is distill or qat. On a CPU the rise of anonymous memory over
+the state after imports, on a GPU the allocator's peak.
 """
 
 import json
@@ -18,13 +18,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoct.launch.plan.memory import training_memory
-from decoct.launch.plan.memory_case import StageMemoryCase
+from decoct.launch.plan.memory_case import FeatureCase, StageMemoryCase
 from decoct.launch.plan.shapes import shape_of
 from decoct.losses.settings import LossSettings
+from decoct.losses.settings_features import FeatureSettings, HiddenSettings, RelationSettings
 from decoct.models.teachers import LocalTeacher
 from decoct.qat.layers.quantized_model import prepare
 from decoct.qat.scheme import QuantScheme
 from decoct.qat.spec import QuantSpec
+from decoct.trainer.loop.features import Features, Wanted
 from decoct.trainer.loop.fit import fit
 from decoct.trainer.loop.metrics import MetricsSink
 from decoct.trainer.loop.objective import Objective
@@ -89,8 +91,15 @@ def measure(name: str) -> None:
         precision="bf16-mixed" if on_gpu else "32",
     )
     spec = QuantSpec(bits=4, group_size=64) if kind == "qat" else None
+    featured = FeatureCase(pairs=6, teacher_layers=6, relations=1, vectors="qkv", heads=12) if "features" in options else None
     case = StageMemoryCase(
-        plan=plan, seq_length=SEQ, ranks=1, on_gpu=on_gpu, load_in="fp32", scheme=None if spec is None else QuantScheme(weights=spec)
+        plan=plan,
+        seq_length=SEQ,
+        ranks=1,
+        on_gpu=on_gpu,
+        load_in="fp32",
+        scheme=None if spec is None else QuantScheme(weights=spec),
+        features=featured,
     )
     student_config, teacher_config = config(6), config(10)
     roles = training_memory(shape_of(student_config, ""), shape_of(teacher_config, ""), case)
@@ -102,7 +111,12 @@ def measure(name: str) -> None:
     if spec is not None:
         prepare(student, spec)
     with tempfile.TemporaryDirectory() as folder:
-        objective = Objective(teacher, LossSettings(), v_eff=VOCAB)
+        features = None
+        if featured is not None:
+            both = FeatureSettings(hidden=HiddenSettings(weight=1.0), relations=RelationSettings(weight=1.0))
+            wanted = Wanted(settings=both, hidden=[(index, index + 4) for index in range(6)], relations=[(5, 9)])
+            features = Features(wanted, student, teacher, seed=0)
+        objective = Objective(teacher, LossSettings(), v_eff=VOCAB, features=features)
         fit(student, objective, data, plan, work=Path(folder), stage=kind, metrics=MetricsSink(None))
         measured = torch.cuda.max_memory_allocated() if on_gpu else peak.most - peak.base
     print(json.dumps({"case": name, "measured": measured, "predicted": roles.total, "roles": asdict(roles)}))

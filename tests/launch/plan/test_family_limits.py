@@ -267,6 +267,7 @@ def test_a_run_stops_before_work_if_its_student_cannot_be_made(tmp_path: Path) -
     asked = recipe(tmp_path, "llama", {"distill": {"steps": 4}}, **_LLAMA)
     for student, words in (
         ({"keep": {"layers": 3}}, "student.keep.layers=3 cannot be cut from a teacher of 2 layers; "),
+        ({"keep": {"layers": [1, 2]}}, "student.keep.layers=[1, 2]: layer 2 does not exist in a teacher of 2 layers, counted from 0; "),
         ({"config": {"model_type": "lama"}}, "student.config.model_type='lama' is not a causal language model of transformers; use llama"),
         ({"config": {"model_type": "llama", "hidden_size": "1_"}}, "student.config is refused by transformers: Validation error for field"),
         ({"config": {"model_type": "llama", "hidden_size": 64.5}}, "student.config: hidden_size is 64.5; a whole number up to "),

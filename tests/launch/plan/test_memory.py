@@ -16,7 +16,7 @@ SIZES = {"hidden": 512, "layers": 4, "heads": 8, "kv_heads": 4, "ffn": 1024, "vo
 SCRIPT = Path(__file__).parent / "memory_case.py"
 
 
-CASES = ["distill", "qat", "distill+checkpointing"]
+CASES = ["distill", "qat", "distill+checkpointing", "distill+features+checkpointing"]
 Measured = dict[str, dict[str, Any]]
 
 
@@ -70,3 +70,39 @@ def test_what_does_not_train_takes_no_gradient_and_no_moments() -> None:
 def test_prediction_is_within_15_percent_of_the_allocators_peak(case: str) -> None:
     found = _measure([case])[case]
     assert found["predicted"] == pytest.approx(found["measured"], rel=0.15), found
+
+
+def _featured(features: dict[str, Any] | None, **keep: Any) -> int:
+    from decoct.configs import recipe_from_dict
+    from decoct.launch.plan.make_plan import plan
+
+    stage = {"distill": {"steps": 2, "loss": {"features": features} if features else {}}}
+    data = {"builtin": "python-stdlib", "seq_length": 256}
+    student = keep or {"keep": {"layers": 2}}
+    recipe = {"name": "x", "teacher": {"scratch": SIZES}, "student": student, "data": data, "stages": [stage]}
+    training = plan(recipe_from_dict({**recipe, "trainer": {"global_batch_tokens": 256, "micro_batch": 1}})).stages[0].training
+    assert training is not None
+    return training.memory.activations
+
+
+def test_hidden_states_relations_and_projectors_are_counted() -> None:
+    alone, tokens = _featured(None), 256
+    hidden = _featured({"hidden": {"weight": 1}}) - alone
+    # two layers of a bf16 teacher, the student's last one, and the work of one pair
+    assert hidden == tokens * 512 * (2 * 2 + 4 + 4 * 4)
+    assert _featured({"hidden": {"weight": 1, "layers": "last"}}) - alone == hidden - tokens * 512 * 2
+    relations = _featured({"relations": {"weight": 1, "of": ["qq", "vv"]}}) - alone
+    # queries and values of a bf16 teacher and of a student under bf16 autocast, and one sequence's matrices
+    assert relations == tokens * (512 + 256) * (2 + 2) + 6 * 4 * 8 * 256**2
+    narrow = {"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
+    less = _featured({"hidden": {"weight": 1}}, config=narrow) - _featured(None, config=narrow)
+    assert less == tokens * (512 * 2 * 2 + 256 * 4 + 512 * 4 * 4) + 2 * 16 * 512 * 256
+
+
+def test_a_pair_of_layers_that_does_not_exist_is_refused_before_any_work() -> None:
+    from decoct.models.common.errors import UserError
+
+    with pytest.raises(
+        UserError, match=r"01-distill: loss\.features\.hidden\.layers: the pair \[2, 0\] does not exist: the student has 2 layers"
+    ):
+        _featured({"hidden": {"weight": 1, "layers": [[2, 0]]}})

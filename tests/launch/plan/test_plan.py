@@ -246,3 +246,16 @@ def test_a_cache_counts_by_its_rows_and_the_tokens_of_stages_that_read_it() -> N
     extra = plan(cached).disk_bytes - plan(plain).disk_bytes
     tokens = sum(stage.training.tokens for stage in plan(plain).stages if stage.training)
     assert 0 < extra == sum(stage.training.cache_bytes for stage in plan(cached).stages if stage.training) <= 40 * tokens
+
+
+def test_a_cache_of_hidden_states_counts_by_the_width_of_the_teachers_head() -> None:
+    def cached(*overrides: str) -> Any:
+        return plan(load_recipe("smollm2-1.7b-1b-24gb", ["teacher.cache.mode=hidden", *overrides])).stages[0].training
+
+    training = cached()
+    assert training.cache_bytes == 2 * 2048 * training.tokens
+    assert training.cache == "last hidden states in bf16, 4,096 bytes per position; every divergence, KL(cache || teacher) 0"
+    assert cached("teacher.cache.states=int8").cache_bytes == (2048 + 2 * 32) * training.tokens
+    assert cached("teacher.cache.states=int8").cache.endswith("KL(cache || teacher) measured when it is filled")
+    divergent = "stages.0.loss.divergence=reverse_kl"
+    assert cached(divergent).cache_bytes == training.cache_bytes, "no divergence needs more"

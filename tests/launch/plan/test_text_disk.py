@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from decoct.launch.plan.text_disk import tokenized_bytes
+from decoct.launch.plan.text_disk import blend_notes, tokenized_bytes
 from decoct.models.tokenizer.scratch_tokenizer import train_tokenizer
 from decoct.trainer.data.documents import STDLIB_BYTES
 from decoct.trainer.data.prepared_data import prepare_data
 from decoct.trainer.settings import DataSettings
 from decoct.trainer.settings_generation import GenerateSettings
+from decoct.trainer.settings_text import BlendPart
 
 
 @pytest.mark.parametrize("text", ["Words of a plain text, and some more of them. ", "é\u4e2d\u6587\n\t  1234567890"])
@@ -38,3 +39,12 @@ def test_where_no_bound_is_known(tmp_path: Path) -> None:
 def test_text_of_known_size() -> None:
     assert tokenized_bytes(DataSettings(builtin="python-stdlib")) == 4 * STDLIB_BYTES
     assert tokenized_bytes(DataSettings(generate=GenerateSettings(tokens=1000))) == 4000
+
+
+def test_a_blend_takes_what_its_parts_take_and_its_shares_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("words " * 100)
+    parts = [BlendPart(files=(str(tmp_path / "a.txt"),), weight=0.3), BlendPart(generate=GenerateSettings(tokens=5000), weight=0.6)]
+    assert tokenized_bytes(DataSettings(blend=tuple(parts))) == 4 * 600 + 4 * 5000
+    assert tokenized_bytes(DataSettings(blend=(*parts, BlendPart(hub="somebody/text", weight=1)))) is None
+    assert blend_notes(DataSettings(blend=tuple(parts)), 3_000_000) == ["text: 33.3% a (1M tokens), 66.7% generated (2M tokens)"]
+    assert blend_notes(DataSettings(files=("a.txt",)), 3_000_000) == []

@@ -1,4 +1,4 @@
-"""What a search tried stands in the report as a table and a picture; a report without one is as before."""
+"""What a search tried stands in the report as a table and a picture, and rounds as a sentence; a report without them is as before."""
 
 from typing import Any
 
@@ -41,5 +41,21 @@ def test_the_table_has_a_column_for_each_round(report: dict[str, Any]) -> None:
     assert "<td>ffn=768,layers=28</td><td>90,000,000</td>" in page
     assert '<figure id="search">' in page
     axes = draw_all(report, {})["search"].axes[0]
-    # as cut, and after each of two rounds
+    # as cut, and after each of two rounds; then also those of other budgets
     assert [np.shape(points.get_offsets())[0] for points in axes.collections] == [14, 2, 1]
+    others = {**SEARCH, "others": [{"shape": "ffn=128", "parameters": 60_000_000, "kl": 2.5}]}
+    report["stages"][-1]["search"] = others
+    axes = draw_all(report, {})["search"].axes[0]
+    assert [np.shape(points.get_offsets())[0] for points in axes.collections] == [1, 14, 2, 1]
+
+
+def test_a_sentence_names_the_shapes_of_rounds(report: dict[str, Any]) -> None:
+    told = [{"shape": "ffn=384", "share": 0.81, "tokens": 16128}, {"shape": "layers=3", "share": 0.61, "tokens": 16128}]
+    assert "rounds" not in markdown_report(report)
+    report["stages"].append(row("05-prune", "prune", rounds=told))
+    wanted = (
+        "05-prune cut in 2 rounds and distilled on 16,128 tokens after each: ffn=384 (81.0% of the decoder layers' parameters left); "
+        "layers=3 (61.0% of the decoder layers' parameters left)"
+    )
+    assert wanted in markdown_report(report)
+    assert wanted.replace("'", "&#39;") in render_page(report, {})

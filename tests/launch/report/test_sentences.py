@@ -4,7 +4,7 @@ from typing import Any
 
 from decoct.launch.report.build import markdown_report
 from decoct.launch.report.page import render_page
-from decoct.launch.report.sentences import held_out_sentences, sample_sentences
+from decoct.launch.report.sentences import held_out_sentences, sample_sentences, term_sentences, text_sentences
 
 SEEN = {
     "figure": "kl", "best_step": 120, "best": 0.04, "last_step": 240, "last": 0.05, "model_step": 240, "total_steps": 240,
@@ -53,3 +53,24 @@ def test_samples_are_told_with_the_kl_on_the_students_own_text(report: dict[str,
     assert sample_sentences(report) == [sentence.split(";")[0].replace("the student", "the teacher")]
     report["stages"][2]["samples"] = {**drawn, "samples": 0}
     assert sample_sentences(report) == []
+
+
+def test_texts_of_a_blend_are_told_with_their_figures(report: dict[str, Any]) -> None:
+    assert text_sentences(report) == []
+    report["stages"][2]["texts"] = {
+        "math": {"held_out_kl": 0.0412, "held_out_perplexity": 9.1, "data_epochs": 0.5},
+        "web": {"held_out_perplexity": 20.0},
+    }
+    sentence = "01-distill: held out, text by text: math KL 0.0412, perplexity 9.10, read 0.50 times; web perplexity 20.00"
+    assert text_sentences(report) == [sentence]
+    assert f"- {sentence}.\n" in markdown_report(report)
+    assert sentence in render_page(report, {})
+
+
+def test_terms_of_a_loss_are_told_with_their_weights(report: dict[str, Any]) -> None:
+    assert term_sentences(report) == []
+    report["stages"][2]["terms"] = {"predictions": {"weight": 1.0, "mean": 0.0412}, "hidden": {"weight": 0.5, "mean": 0.21}}
+    sentence = "01-distill: terms of the loss in the last quarter of the steps: predictions 0.0412 (weight 1), hidden 0.2100 (weight 0.5)"
+    assert term_sentences(report) == [sentence]
+    assert f"- {sentence}.\n" in markdown_report(report)
+    assert sentence in render_page(report, {})

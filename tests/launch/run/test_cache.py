@@ -91,6 +91,34 @@ def test_a_capture_that_is_killed_goes_on_where_it_was(decoct: Start, tmp_path: 
     assert "the teacher predicts" not in said(decoct(longer, "cache"))
 
 
+@pytest.mark.slow
+def test_cached_states_give_the_run_of_the_live_teacher_with_two_ranks_and_after_a_kill(
+    decoct: Start, tmp_path: Path, tiny: dict[str, Any]
+) -> None:
+    """Reverse KL at temperature 2: of what the other kinds keep it cannot be computed."""
+    distill = {"steps": 60, "checkpoint_every": 5, "loss": {"divergence": "reverse_kl", "temperature": 2.0}}
+    live = {**tiny, "name": "live", "teacher": {**tiny["teacher"], "load_in": "fp32"}, "stages": [{"distill": distill}]}
+    cached = {**live, "name": "cached", "teacher": {**live["teacher"], "cache": {"mode": "hidden", "states": "fp32"}}}
+    said(decoct(live, "run"))
+    text = said(decoct(cached, "cache", "trainer.devices=2"))
+    assert "KL(cache || teacher) 0: states are stored as they are" in text
+    process = decoct(cached, "run")
+    folder, until = tmp_path / "runs" / "cached" / "01-distill" / "checkpoints", time.monotonic() + 240
+    while not any(int(save.name.removeprefix("step-")) >= 10 for save in folder.glob("step-*")):
+        assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    text = said(decoct(cached, "run"))
+    assert "the teacher predicts" not in text
+    assert "continues from the checkpoint of step" in text
+    before, after = curve(tmp_path, "live"), curve(tmp_path, "cached")
+    assert before[-1]["step"] == 60
+    for one, other in zip(before, after, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert other["covered_mass"] == 1.0
+
+
 def test_a_recipe_without_a_cache_is_told_how_to_have_one(decoct: Start, tiny: dict[str, Any]) -> None:
     text = said(decoct(tiny, "cache"), code=2)
     assert "teacher.cache.mode=hybrid" in text

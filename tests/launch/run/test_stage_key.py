@@ -10,8 +10,10 @@ from decoct.configs.nodes import node_from_python
 from decoct.configs.own_parts import load_parts
 from decoct.launch.run.stage_key import stage_key
 from decoct.losses.settings import LossSettings
+from decoct.losses.settings_features import FeatureSettings, HiddenSettings, RelationSettings
 from decoct.qat.transforms.settings import TransformSettings
 from decoct.trainer.settings import DistillSettings, TrainerSettings
+from decoct.trainer.settings_local import LocalSettings
 from decoct.trainer.settings_pruning import MagnitudeSettings, PruneSettings, StructuredSettings
 from decoct.trainer.settings_quantization import QuantizeSettings
 from decoct.trainer.settings_samples import SamplesSettings
@@ -100,9 +102,11 @@ def test_keys_of_before_there_were_other_methods_of_pruning_stay() -> None:
         PruneSettings(sparsegpt=SparseGptSettings(keep=0.5)),
         PruneSettings(sparsegpt=SparseGptSettings(keep=0.5, damping=0.1)),
         PruneSettings(movement=MovementSettings(keep=0.5), tokens=1000),
+        PruneSettings(structured=StructuredSettings(ffn=64), local=LocalSettings()),
+        PruneSettings(structured=StructuredSettings(ffn=64), local=LocalSettings(epochs=2)),
     ]
     keys = {stage_key(**{**base, "settings": settings}) for settings in others}
-    assert len(keys | set(known)) == 11
+    assert len(keys | set(known)) == 13
 
 
 def test_keys_of_before_there_were_transforms_stay() -> None:
@@ -181,3 +185,17 @@ def test_how_codes_are_chosen_changes_the_key_and_where_weights_lie_does_not() -
     keys = {stage_key(**{**base, "settings": QuantizeSettings(**{"method": "gptq", **change})}) for change in changes}
     assert len(keys | {stage_key(**base)}) == len(changes) + 1
     assert stage_key(**{**base, "settings": QuantizeSettings(method="gptq", stream="always")}) == stage_key(**base)
+
+
+def test_features_count_where_a_loss_has_them_and_keep_old_keys_otherwise() -> None:
+    def key(loss: LossSettings) -> str:
+        return stage_key(**{**BASE, "settings": DistillSettings(tokens=1000, loss=loss)})
+
+    hidden = FeatureSettings(hidden=HiddenSettings(weight=0.5))
+    keys = {
+        key(LossSettings()),
+        key(LossSettings(features=hidden)),
+        key(LossSettings(features=replace(hidden, relations=RelationSettings(weight=0.5)))),
+    }
+    assert len(keys) == 3
+    assert key(LossSettings()) == stage_key(**BASE), "whose key is written down above"

@@ -13,6 +13,7 @@ from decoct.launch.run.starting_point import make_student
 from decoct.models.families import decoder_linears
 from decoct.models.folder.loading import load_model
 from decoct.models.folder.model_folder import content_hash, read_record, save_model_folder
+from decoct.models.settings import KeepSettings
 from decoct.models.teachers import TeacherRef
 from decoct.models.tokenizer.scratch_tokenizer import train_tokenizer
 from decoct.trainer.settings import TrainerSettings
@@ -20,7 +21,7 @@ from decoct.trainer.settings import TrainerSettings
 
 @pytest.fixture
 def make(tmp_path: Path) -> Any:
-    """``make(sparse)``: the record of a student of 3 of 5 layers, its teacher and itself; the teacher's record names ``sparse``."""
+    """``make(sparse, layers=3)``: record of a student of some of 5 layers, teacher and student; the teacher's record names ``sparse``."""
     tokenizer = train_tokenizer(iter(["a few words of text, and a few more of them"] * 20), 280)
     config = AutoConfig.for_model(
         "llama", vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=5, num_attention_heads=2,
@@ -31,11 +32,11 @@ def make(tmp_path: Path) -> Any:
     for linear in decoder_linears(teacher).values():
         linear.weight.data *= torch.rand_like(linear.weight) > 0.3
 
-    def made(sparse: list[str]) -> tuple[dict[str, Any], Any, Any, dict[str, Any]]:
+    def made(sparse: list[str], layers: int | tuple[int, ...] = 3) -> tuple[dict[str, Any], Any, Any, dict[str, Any]]:
         place = tmp_path / f"teacher{len(sparse)}"
         if not place.exists():
             save_model_folder(place, teacher, tokenizer, {"sparse": sparse}, dtype=torch.bfloat16)
-        student: Any = SimpleNamespace(path=None, revision=None, keep=SimpleNamespace(layers=3), config=None)
+        student: Any = SimpleNamespace(path=None, revision=None, keep=KeepSettings(layers=layers), config=None)
         recipe: Any = SimpleNamespace(student=student, seed=0, trainer=TrainerSettings())
         reference = TeacherRef(
             path=str(place), load_in="fp32", placement="replicated", revision=None, name="t", content=content_hash(place)
@@ -56,6 +57,14 @@ def test_the_record_of_zeros_follows_the_layers_that_are_kept(make: Any) -> None
     for new, old in enumerate((0, 2, 4)):
         ours, theirs = (model.get_submodule(f"model.layers.{at}.mlp.up_proj").weight for model, at in ((student, new), (teacher, old)))
         assert torch.equal(ours == 0, theirs == 0)
+
+
+def test_the_record_names_the_layers_that_were_asked_for(make: Any) -> None:
+    record, teacher, student, _ = make([], (1, 3))
+    assert (record["kept"], record["parent_shape"]["layers"]) == ({"layers": [1, 3]}, 5)
+    for new, old in enumerate((1, 3)):
+        ours, theirs = (model.get_submodule(f"model.layers.{at}.mlp.up_proj").weight for model, at in ((student, new), (teacher, old)))
+        assert torch.equal(ours, theirs.bfloat16().float())
 
 
 def test_a_student_made_without_the_record_is_made_again(make: Any) -> None:

@@ -2,11 +2,13 @@
 
 from collections import Counter
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pytest
 
-from decoct.trainer.data.order import StepBatches, sample_order
+from decoct.trainer.data.blend import Blend
+from decoct.trainer.data.order import StepBatches, WindowOrder, sample_order
 
 NUM, GLOBAL, STEPS = 37, 8, 14
 GOLDEN = [1, 2, 3, 7, 0, 4, 5, 6]
@@ -78,3 +80,39 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
 def test_indices_are_plain_ints() -> None:
     assert all(type(index) is int for index in next(iter(batches())))
     assert not isinstance(next(iter(batches()))[0], np.integer)
+
+
+class _Blended:
+    """Windows of three texts."""
+
+    blend = Blend(("a", "b", "c"), (40, 7, 3), (5, 2, 1))
+
+    def __len__(self) -> int:
+        return 50
+
+
+def test_each_text_of_a_blend_has_epochs_of_its_own() -> None:
+    taken = WindowOrder(_Blended(), 3).at(0, 8 * 20)
+    for first, size, count in ((0, 40, 100), (40, 7, 40), (47, 3, 20)):
+        own = [index - first for index in taken if first <= index < first + size]
+        assert len(own) == count
+        for begin in range(0, count, size):
+            assert len(set(own[begin : begin + size])) == min(size, count - begin)
+        assert own[:size] != own[size : 2 * size], "each epoch has an order of its own"
+
+
+@pytest.mark.parametrize("first", [0, 5, 77])
+def test_any_stretch_of_a_blend_is_that_of_the_whole_stream(first: int) -> None:
+    assert WindowOrder(_Blended(), 3).at(first, 30) == WindowOrder(_Blended(), 3).at(0, 200)[first : first + 30]
+
+
+@pytest.mark.parametrize("windows", [_Blended(), range(50)], ids=["blend", "one text"])
+def test_once_seen_and_repeats_follow_from_the_stream(windows: Any) -> None:
+    order = WindowOrder(windows, 3)
+    once = list(order.once())
+    assert sorted(once) == list(range(50))
+    stream = order.at(0, 5000)
+    assert once == list(dict.fromkeys(stream))
+    for count in (1, 13, 24, 25, 50, 51, 200):
+        assert order.seen(count) == sorted(set(stream[:count]))
+        assert order.repeats(count) == (len(set(stream[:count])) < count)

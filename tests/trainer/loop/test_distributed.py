@@ -71,10 +71,15 @@ def _differences(one: Path, other: Path, name: str) -> list[float]:
     return [abs(a[name] - b[name]) / abs(a[name]) for a, b in zip(_rows(one), _rows(other), strict=True)]
 
 
-def _ranges(work: Path) -> dict[str, torch.Tensor]:
-    """Ranges of inputs, and of keys and values, in the last checkpoint; ranks share the work of writing them."""
+def _hooks(work: Path) -> dict[str, torch.Tensor]:
+    """Tensors of hooks in the last checkpoint; ranks share the work of writing them."""
     files = (work / "stage/checkpoints/step-00000020").glob("hooks-*.safetensors")
-    return {name: tensor for file in files for name, tensor in load_file(file).items() if name.endswith("ranges")}
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def _ranges(work: Path) -> dict[str, torch.Tensor]:
+    """Ranges of inputs, and of keys and values, in the last checkpoint."""
+    return {name: tensor for name, tensor in _hooks(work).items() if name.endswith("ranges")}
 
 
 def _same_bits(one: Path, other: Path) -> None:
@@ -146,7 +151,7 @@ def test_two_ranks_sample_as_one_and_resume_to_it(alone: Start, pair: Start, tmp
     assert max(_differences(one, two, "own_kl")) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["distill", "prune", "nm", "movement", "qat", "learned", "lattices"])
+@pytest.mark.parametrize("kind", ["distill", "features", "prune", "nm", "movement", "qat", "learned", "lattices"])
 def test_ddp_and_fsdp2_give_the_curve_of_one_process(alone: Start, pair: Start, tmp_path: Path, kind: str) -> None:
     common = [kind, "steps=20", "windows=8", "dropout=0.0", "every=100"]
     alone(tmp_path / "one", *common, "micro=4")
@@ -175,6 +180,12 @@ def test_ddp_and_fsdp2_give_the_curve_of_one_process(alone: Start, pair: Start, 
             assert (tensor - expected_weights[name]).abs().median() < limit, (strategy, name)
             if kind in ("prune", "nm", "movement"):
                 assert (tensor == 0).float().mean() == (expected_weights[name] == 0).float().mean(), (strategy, name)
+        if kind == "features":
+            assert max(_differences(tmp_path / "one", work, "loss_hidden") + _differences(tmp_path / "one", work, "loss_relations")) < 1e-4
+            kept, expected = _hooks(work), _hooks(tmp_path / "one")
+            assert kept.keys() == expected.keys(), strategy
+            for name, tensor in expected.items():
+                assert (kept[name] - tensor).abs().max() < 1e-4, (strategy, name)
         if kind == "learned":
             kept, expected = _ranges(work), _ranges(tmp_path / "one")
             assert kept.keys() == expected.keys() == {"quantizers/ranges", "quantizers/cache_ranges"}

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from decoct.trainer.data.blend import Blend
 from decoct.trainer.evaluation.figures import evaluate_model
 from decoct.trainer.loop.held_out import FIGURES, HeldOut, Watch, derive_watch, held_out_text
 
@@ -50,6 +51,25 @@ def test_figures_are_those_of_an_evaluation_of_the_same_windows(training: Module
         seen = evaluate_model(model, objective.teacher, chosen, batch=2)  # pyright: ignore[reportArgumentType]
         assert line["held_out_perplexity"] == pytest.approx(seen.perplexity, rel=1e-5)
         assert line["held_out_kl"] == pytest.approx(seen.kl, rel=1e-4)
+
+
+def test_each_text_of_a_blend_is_evaluated_however_small_it_is(training: ModuleType, tmp_path: Path) -> None:
+    case = training.Case(steps=6, watch=6, micro=2)
+    objective = case.objective()
+    text = training.RandomWindows(40, seed=77)
+    text.blend = Blend(("many", "few"), (38, 2), (19, 1))
+    watch = derive_watch(6, total_steps=6, step_windows=1, seq_length=training.SEQ, available=40, ranks=1, texts=2)
+    assert watch == Watch(every=6, windows=2)
+    held_out = HeldOut(text, Watch(every=6, windows=8), objective.teacher, training.VOCAB)
+    _, student = training.run_case(case, tmp_path, objective=objective, held_out=held_out)
+    line = rows(tmp_path)[-1]
+    for name, chosen in (("many", [0, 5, 10, 16, 21, 27, 32]), ("few", [38])):
+        seen = evaluate_model(student, objective.teacher, _Some(text, chosen), batch=2)  # pyright: ignore[reportArgumentType]
+        assert line[f"held_out_perplexity.{name}"] == pytest.approx(seen.perplexity, rel=1e-5), name
+        assert line[f"held_out_kl.{name}"] == pytest.approx(seen.kl, rel=1e-4), name
+    assert line["held_out_kl.few"] != pytest.approx(line["held_out_kl.many"], rel=1e-3)
+    said = held_out_text({name: value for name, value in line.items() if name.startswith("held_out")})
+    assert said.startswith(f"held-out KL {line['held_out_kl']:.4f}, perplexity ") and "; few KL " in said
 
 
 class _Some:

@@ -65,7 +65,7 @@ def _numbers(work: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["distill", "prune", "movement", "qat", "learned", "lattices"])
+@pytest.mark.parametrize("kind", ["distill", "features", "prune", "movement", "qat", "learned", "lattices"])
 def test_killed_twice_ends_in_the_same_bits(start: Start, tmp_path: Path, kind: str) -> None:
     straight, hurt = tmp_path / "straight", tmp_path / "hurt"
     _finish(start(straight, kind, pause=0.0))

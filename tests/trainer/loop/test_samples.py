@@ -15,9 +15,10 @@ from decoct.losses.settings import LossSettings
 from decoct.models.common.errors import UserError
 from decoct.models.teachers import LocalTeacher
 from decoct.trainer.loop.metrics import MetricsSink
-from decoct.trainer.loop.objective import OWN, Objective
+from decoct.trainer.loop.objective import Objective
 from decoct.trainer.loop.sample_file import Sample, SampleRow, file_of, read_samples, row_from, stored_steps
 from decoct.trainer.loop.samples import Samples
+from decoct.trainer.loop.split_sums import OWN
 from decoct.trainer.processes.world import World
 
 TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes", "sampling_seconds", "sampling_tokens_per_second")

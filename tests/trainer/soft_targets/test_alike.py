@@ -10,11 +10,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from decoct.losses.settings import LossSettings
+from decoct.models.families import HeadTransform
 from decoct.models.settings import CacheSettings
 from decoct.models.teachers import AdapterBaseTeacher, LocalTeacher, open_teacher
 from decoct.trainer.loop.objective import Objective
-from decoct.trainer.soft_targets.cached import CachedTeacher, row_format
+from decoct.trainer.soft_targets.cached import CachedStates, CachedTeacher, row_format
 from decoct.trainer.soft_targets.capture import capture, stack
+from decoct.trainer.soft_targets.hidden_rows import HiddenFormat, write_head
 from decoct.trainer.soft_targets.served import ServedTeacher
 from decoct.trainer.soft_targets.store import open_store
 
@@ -32,6 +34,7 @@ KINDS = {
     "cache top_k": 0.05,
     "cache sampled": 0.8,
     "cache hybrid": 0.1,
+    "cache hidden": 1e-6,
 }
 """How far the gradient may be from that of the fp32 teacher here, as a share of its length: what rounding, or one draw, costs."""
 
@@ -67,6 +70,13 @@ def make(
             return AdapterBaseTeacher(adapted, v_eff=vocab)
         if kind == "served":
             return ServedTeacher(serve(as_vllm(plain().model)).settings(tokens=vocab - 1), vocab)
+        if kind == "cache hidden":
+            states = HiddenFormat(vocab, 64, "fp32")
+            store = open_store(tmp_path / kind, {"bytes_per_token": states.bytes})
+            list(capture(plain(), training.RandomWindows(8), INDICES, store, states))
+            store.refresh()
+            write_head(store.folder, plain().model.lm_head.weight[:vocab], None)
+            return CachedStates(store, states, HeadTransform(), "t")
         if kind.startswith("cache"):
             settings = CacheSettings(mode=kind.split()[1])  # pyright: ignore[reportArgumentType]
             form = row_format(settings, vocab, 1.0)

@@ -18,12 +18,14 @@ from decoct.qat.export.export import export_folder
 from decoct.qat.ptq.sensitivity import Sensitivity
 from decoct.qat.scheme import SpecChange
 from decoct.qat.spec import QuantSpec
+from decoct.qat.transforms.settings import TransformSettings
 from decoct.trainer.evaluation.figures import evaluate_model
 from decoct.trainer.settings_quantization import QatSettings, QuantizeSettings
 from decoct.trainer.stages import bit_choice, qat, quantize
 from decoct.trainer.stages.context import StageContext
 
 MakeContext = Callable[..., StageContext]
+CALIBRATED: dict[str, dict[str, Any]] = {"awq": {"calibration_tokens": 512}}
 
 
 def auto(budget: float | str = 4.0, **more: Any) -> WeightSettings:
@@ -118,6 +120,18 @@ def test_qat_trains_with_the_chosen_widths(make_context: MakeContext, tmp_path: 
     assert {name: trained.spec_of(name) for name in trained.modules} == {name: started.spec_of(name) for name in started.modules}
     assert result.facts["bits"] == chosen
     assert export_folder(context.model, tmp_path / "served", "compressed-tensors").rounding is None
+
+
+@pytest.mark.parametrize("method", ["awq", "rotation"])
+def test_a_transform_goes_with_the_chosen_widths(make_context: MakeContext, trained_folder: Path, method: Any) -> None:
+    context = make_context("01-quantize")
+    settings = QuantizeSettings(weights=auto(4.4), transform=TransformSettings(method=method), **CALIBRATED.get(method, {}))
+    chosen = quantize.finish(settings, context, None).facts["bits"]
+    state = load_quant_state(context.model)
+    assert {name: state.spec_of(name).bits for name in state.modules} == {n: w for n, w in chosen["widths"].items() if w != 16}
+    assert len(set(chosen["widths"].values())) > 1
+    # the function of the model is kept up to rounding
+    assert kl(context, trained_folder) < 0.01
 
 
 def test_exact_is_measured_beside_the_estimates(make_context: MakeContext) -> None:

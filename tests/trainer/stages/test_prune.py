@@ -214,7 +214,7 @@ def test_another_shape_is_cut_by_the_scores_of_the_first(make_context: MakeConte
     monkeypatch.setattr("decoct.models.pruning.score_cache.summed", lambda *_, **__: pytest.fail("summed again"))
     again = make_context("03-prune", kind="prune", seed=7)
     once_more = pruned(again, ffn=64, repair=True)
-    assert "scores: known from an earlier cut" in said(again)
+    assert "scores: computed before" in said(again)
     assert once_more.facts == alone.facts
     assert once_more.model is not None and alone.model is not None
     assert (once_more.model / "model.safetensors").read_bytes() == (alone.model / "model.safetensors").read_bytes()

@@ -48,8 +48,17 @@ def test_the_shape_of_a_budget_is_the_one_of_least_kl(make_context: MakeContext,
     # what was measured is known to the next search, whose budget may be another
     again = make_context("02-prune", kind="prune")
     assert budgeted(again).facts == done.facts
+    assert search["others"] == []
     assert "KL " not in said(again).replace("KL as cut", "")
-    assert "scores: known from an earlier cut" in said(again)
+    assert "scores: computed before" in said(again)
+
+
+def test_shapes_of_other_budgets_stand_beside_those_of_this_one(make_context: MakeContext) -> None:
+    smaller = budgeted(make_context("01-prune", kind="prune"), budget=0.45).facts["search"]
+    larger = budgeted(make_context("02-prune", kind="prune"), budget=0.7).facts["search"]
+    wanted = [{"shape": row["shape"], "parameters": row["parameters"], "kl": row["kl"]} for row in smaller["tried"]]
+    assert sorted(larger["others"], key=lambda row: row["kl"]) == wanted
+    assert larger["tried"][0]["parameters"] > max(row["parameters"] for row in wanted)
 
 
 def test_a_killed_search_goes_on_where_it_was(make_context: MakeContext, monkeypatch: pytest.MonkeyPatch) -> None:

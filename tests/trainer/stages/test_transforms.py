@@ -16,6 +16,8 @@ from decoct.models.families import decoder_layers, decoder_linears
 from decoct.models.family_map import family_of
 from decoct.models.folder.loading import load_model
 from decoct.models.folder.model_folder import read_record, save_model_folder
+from decoct.qat.auto_weights import WeightSettings
+from decoct.qat.codes.state import load_quant_state
 from decoct.qat.export.export import export_folder
 from decoct.qat.spec import ActivationSpec, QuantSpec
 from decoct.qat.transforms.folding import channels, fold_scales
@@ -187,6 +189,15 @@ def test_zeros_stay_zero_or_are_refused(
     written = decoder_linears(load_model(context.model, dtype=torch.float32))
     assert all(not written[name].weight[linears[name].weight == 0].any() for name in sparse)
     assert read_record(context.model)["sparse"] == sparse
+
+
+def test_chosen_widths_and_a_transform_go_together(make_context: MakeContext) -> None:
+    weights = WeightSettings(bits="auto", budget=4.5, group_size=16, sensitivity_tokens=512)
+    context = make_context("01-quantize")
+    finish(QuantizeSettings(weights=weights, transform=AWQ), context, None)
+    chosen, state = rounding(context)["bits"], load_quant_state(context.model)
+    assert rounding(context)["transform"]["method"] == "awq" and len(set(chosen["widths"].values())) > 1
+    assert {name: state.spec_of(name).bits for name in state.modules} == {n: w for n, w in chosen["widths"].items() if w != 16}
 
 
 def test_clipping_loses_less_at_few_bits(make_context: MakeContext, trained_folder: Path) -> None:

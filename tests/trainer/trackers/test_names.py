@@ -20,6 +20,11 @@ def test_every_number_of_a_step_has_a_group_with_an_axis() -> None:
     assert {name.partition("/")[0] for name in tracked(line)} == set(AXES)
 
 
+def test_figures_of_a_text_keep_its_name_and_their_group() -> None:
+    line = {"loss.math": 1.0, "held_out_kl.math": 0.5, "data_epochs.the-web": 2.0}
+    assert tracked(line) == {"train/loss.math": 1.0, "heldout/kl.math": 0.5, "train/data_epochs.the-web": 2.0}
+
+
 def test_stages_have_the_number_of_their_folder() -> None:
     assert [stage_number(name) for name in ("teacher", "01-distill", "12-qat", "distill")] == [0, 1, 12, None]
     rows = [{"stage": stage, "step": step, "tokens": tokens} for stage, step, tokens in (("10-b", 5, 50), ("09-a", 2, 20), ("09-a", 1, 10))]
