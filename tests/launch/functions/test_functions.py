@@ -75,8 +75,8 @@ def test_a_mistake_is_raised_with_the_message_of_the_command_line() -> None:
         decoct.run("quickstart", **wrong)
     with pytest.raises(UserError, match=r"give exactly one of ffn \(channels kept in every layer\), shape \(.*\) and keep"):
         decoct.prune("m")
-    with pytest.raises(UserError, match=r"^ffn is one shot and takes no tokens; run decoct\.distill on the result"):
-        decoct.prune("m", ffn=8, tokens="1M")
+    with pytest.raises(UserError, match=r"^method wanda is one shot and takes no tokens; run decoct\.distill on the result"):
+        decoct.prune("m", keep=0.5, method="wanda", tokens="1M")
     with pytest.raises(UserError, match=r"weights\.bits: 99 is out of range"):
         decoct.quantize("m", bits=99)
     with pytest.raises(UserError, match=r"data\.seq_length: 1 is out of range"):

@@ -113,12 +113,11 @@ def error_of_the_last(parent: Any, student: Any) -> float:
     total, tokens = 0.0, 0
     for batch in HELD_OUT:
         outputs: list[Tensor] = []
-        handles = [
-            decoder_layers(model)[-1].register_forward_hook(
-                lambda _module, _args, output, outputs=outputs: outputs.append(output[0] if isinstance(output, tuple) else output)
-            )
-            for model in (parent, student)
-        ]
+
+        def note(_module: Any, _args: Any, output: Any, outputs: list[Tensor] = outputs) -> None:
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+
+        handles = [decoder_layers(model)[-1].register_forward_hook(note) for model in (parent, student)]
         parent.base_model(**batch, use_cache=False)
         student.base_model(**batch, use_cache=False)
         for handle in handles:

@@ -15,6 +15,7 @@ from decoct.losses.settings import LossSettings
 from decoct.models.settings import CacheSettings
 from decoct.models.teachers import LocalTeacher
 from decoct.trainer.soft_targets import fill as opening
+from decoct.trainer.soft_targets.cached import CachedTeacher
 
 
 @pytest.fixture
@@ -66,4 +67,5 @@ def test_the_second_waits_and_reads_what_the_first_has_captured(request_facts: d
     assert len(said) == 2
     windows = request_facts["windows"]
     batch = {name: torch.stack([windows[at][name] for at in range(8)]) for name in windows[0]}
+    assert isinstance(two, CachedTeacher)
     assert len(two.sparse_targets(batch).ids) > 0
