@@ -83,7 +83,7 @@ def check_widths(draft: Draft, problems: Problems) -> None:
                     # fewer groups have fewer query heads; how many, the plan knows
                     widths.pop("heads", None)
         # skipped and overridden modules may be the very ones that do not fit; the plan, which knows the model, checks these recipes
-        if entry and isinstance(settings, QatSettings | QuantizeSettings) and not settings.skip and not settings.overrides:
+        if entry and isinstance(settings, QatSettings | QuantizeSettings) and not (settings.skip or settings.overrides or settings.mix):
             _check_group(entry, settings.weights.group_size, widths, problems)
 
 

@@ -2,11 +2,12 @@
 
 Symbols: b bits, q signed code in [-2^(b-1), 2^(b-1)-1], s scale, z zero point, g group size along the input axis.
 
-    int         w ~ (q - z) * s       z = 0 when symmetric
+    int         w ~ (q - z) * s       z = 0 when symmetric; ternary: q in -1, 0, 1
     nf4         w ~ table[q] * s      16 quantiles of a normal distribution in [-1, 1]; s = absmax (QLoRA, arXiv 2305.14314)
     fp8_e4m3    w ~ q * s             q float8 e4m3 without infinities, |q| <= 448; s = absmax / 448
     mxfp4       w ~ q * s             q in 0, .5, 1, 1.5, 2, 3, 4, 6 with a sign; s a power of two (OCP MX v1.0), g = 32
     nvfp4       w ~ q * s / G         q as in mxfp4; s float8 e4m3, G fp32 per tensor = 448 * 6 / absmax, g = 16
+    q2_k..q6_k  w ~ q * d * sc - dmin * m    super-blocks of 256 with small integers under fp16 numbers (super_blocks.py)
 """
 
 import hashlib
@@ -16,8 +17,9 @@ from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from .. import Bounds, check_fields
+from .super_blocks import SUPER_BLOCKS, WIDTH, SuperBlock
 
-Kind = Literal["int", "nf4", "fp8_e4m3", "mxfp4", "nvfp4"]
+Kind = Literal["int", "nf4", "fp8_e4m3", "mxfp4", "nvfp4", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
 Divisor = Literal["half_range", "qmax", "full_range"]
 ActivationKind = Literal["int8", "fp8_e4m3", "mxfp4", "nvfp4"]
 Scaling = Literal["dynamic", "static"]
@@ -27,6 +29,8 @@ GroupSize = Annotated[int, Bounds(ge=1, why="use 32, 64 or 128, or 'channel'")] 
 Outliers = Annotated[float, Bounds(gt=0, why="0 would keep every value, so that nothing is rounded; 6 is usual")]
 USUAL_GROUPS = (128, 64, 32, 16)
 """Group sizes that messages propose, the preferred first."""
+TERNARY_BITS = 2
+"""Width of ternary codes where they are stored as integers."""
 PACKED_BITS = (2, 4, 8)
 """Widths of integer codes that divide a 32-bit word: every version of every packed format lays them out alike."""
 
@@ -70,14 +74,17 @@ _FLOATS = {
     "fp8_e4m3": _Float(bits=8, group_sizes=("tensor", "channel"), own_scales=False),
     "mxfp4": _Float(bits=4, group_sizes=(32,), own_scales=True),
     "nvfp4": _Float(bits=4, group_sizes=(16,), own_scales=True),
+    **{kind: _Float(bits=form.bits, group_sizes=(WIDTH,), own_scales=True) for kind, form in SUPER_BLOCKS.items()},
 }
 FLOAT_BITS = {kind: form.bits for kind, form in _FLOATS.items()}
 """Bits per code of the kinds that are not int."""
+IMPLIED: dict[str, dict[str, int]] = {kind: {"bits": form.bits, "group_size": WIDTH} for kind, form in SUPER_BLOCKS.items()}
+"""Fields that a kind implies, so that they need not be given: those of kinds with super-blocks."""
 PACKED_FLOATS = ("fp8_e4m3", "mxfp4", "nvfp4")
 """Kinds of floats that a packed format holds: compressed-tensors. nf4 has none."""
 ONE_SCALING: dict[str, Scaling] = {"mxfp4": "dynamic", "nvfp4": "static"}
 """Kinds of inputs with scales per group -> the one scaling that they have."""
-_NOT_STORED = {"kind": "int"}
+_NOT_STORED = {"kind": "int", "ternary": False}
 """Fields added later, with the values at which the JSON form omits them, so that older records and hashes stay valid."""
 
 
@@ -87,11 +94,13 @@ class QuantSpec:
 
     kind: Kind = "int"
     """Format of a code: int = integer, nf4 = 16 quantiles of a normal distribution, fp8_e4m3 = 8-bit float, mxfp4 and nvfp4 = 4-bit floats
-    with scales per 32 and per 16 inputs."""
+    with scales per 32 and per 16 inputs; q2_k to q6_k = llama.cpp's K-quants, which GGUF holds: super-blocks of 256 inputs."""
     bits: Bits = 4
-    """Width of a code. The kinds that are not int have a fixed width: 8 for fp8_e4m3, 4 for the others."""
+    """Width of a code. The kinds that are not int have a fixed width: 8 for fp8_e4m3, 2 to 6 for q2_k to q6_k, 4 for the others. q2_k to
+    q6_k imply it."""
     group_size: GroupSize = 128
-    """Consecutive input features that share a scale. channel = one scale per output row, tensor = one scale per matrix."""
+    """Consecutive input features that share a scale. channel = one scale per output row, tensor = one scale per matrix. q2_k to q6_k imply
+    256."""
     symmetric: bool = True
     """true = zero is code 0, and there is no zero point; false (kind int) = scale (max - min) / (2^bits - 1) and an integer zero point."""
     divisor: Divisor = "half_range"
@@ -99,9 +108,18 @@ class QuantSpec:
     full_range = 2^(b-1)."""
     scale_grid: ScaleGrid = "bf16_fp16"
     """Numbers that a scale can take. bf16_fp16 = bf16 clamped to [2^-17, 65280], which is exact in bf16 and in fp16."""
+    ternary: bool = False
+    """true (kind int, symmetric) = a code is -1, 0 or 1, which implies bits 2. GGUF stores groups of a multiple of 256 in 2.06 or 1.69 bits
+    per weight."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for name, value in IMPLIED.get(self.kind, {}).items():
+            # the default of another kind stands for a key that was not given
+            if getattr(self, name) == getattr(QuantSpec, name):
+                object.__setattr__(self, name, value)
+        if self.ternary and self.bits == QuantSpec.bits:
+            object.__setattr__(self, "bits", TERNARY_BITS)
         if self.kind == "int":
             self._check_int()
         else:
@@ -114,8 +132,14 @@ class QuantSpec:
                 f"divisor={self.divisor!r} has no effect with symmetric=false, which divides max - min by 2^b - 1; leave it out"
             )
 
+        if self.ternary and (self.bits != TERNARY_BITS or not self.symmetric):
+            other = f"bits={self.bits}" if self.symmetric else "symmetric=false"
+            raise ValueError(f"ternary codes are -1, 0 and 1, which {other} does not fit; leave it out, or leave ternary out")
+
     def _check_float(self, form: _Float) -> None:
         """Every field that the kind fixes must have the fixed value or its default."""
+        if self.ternary:
+            raise ValueError(f"ternary=true has no effect with kind={self.kind!r}, which has its own codes; use kind='int'")
         if self.bits != form.bits:
             raise ValueError(f"kind={self.kind!r} has codes of {form.bits} bits, not {self.bits}; use bits={form.bits}")
         if form.group_sizes is not None and self.group_size not in form.group_sizes:
@@ -131,14 +155,31 @@ class QuantSpec:
             )
 
     @property
+    def super_block(self) -> SuperBlock | None:
+        """Layout of a kind with super-blocks; None for the other kinds."""
+        return SUPER_BLOCKS.get(self.kind)
+
+    @property
+    def holds_zero(self) -> bool:
+        """Whether 0 is among the values of every group, so that pruned weights stay zero."""
+        return self.super_block is None or not self.super_block.minimum
+
+    @property
     def qmin(self) -> int:
         """Smallest code."""
-        return -(1 << (self.bits - 1))
+        if self.ternary:
+            return -1
+        return self.super_block.codes[0] if self.super_block else -(1 << (self.bits - 1))
 
     @property
     def qmax(self) -> int:
         """Largest code."""
-        return (1 << (self.bits - 1)) - 1
+        return self.super_block.codes[1] if self.super_block else (1 << (self.bits - 1)) - 1
+
+    @property
+    def code_bits(self) -> int:
+        """Width of the codes as the ops of kind int take it: 1 stands for ternary codes (``fake_quant.absmax_reference.code_limits``)."""
+        return 1 if self.ternary else self.bits
 
     @property
     def divisor_value(self) -> float:
@@ -160,6 +201,12 @@ class QuantSpec:
         """Elements per scale in a row of ``in_features``; ValueError if the group size does not divide it."""
         if isinstance(self.group_size, str):
             return in_features
+        if self.super_block and in_features % WIDTH:
+            other = ", ".join(f"{name}: {value}" for name, value in self.super_block.fallback.items())
+            raise ValueError(
+                f"kind={self.kind!r} has blocks of {WIDTH}, which do not divide in_features={in_features}; give such modules "
+                f"{{{other}}} (overrides, embedding, head), as llama.cpp too stores other blocks there, or skip them"
+            )
         if in_features % self.group_size:
             fits = [g for g in USUAL_GROUPS if in_features % g == 0]
             hint = f"use {' or '.join(map(str, fits))}" if fits else "use 'channel'"
@@ -177,7 +224,9 @@ class QuantSpec:
     def words(self) -> str:
         """The spec in words: '4 bits in groups of 64, with zero points'."""
         # the other kinds have one width, which their name says
-        codes = f"{self.bits} bits" if self.kind == "int" else self.kind
+        codes = self.kind if self.kind != "int" else "ternary codes" if self.ternary else f"{self.bits} bits"
+        if self.super_block:
+            return codes
         shared = {"channel": "with one scale per row", "tensor": "with one scale"}.get(
             str(self.group_size), f"in groups of {self.group_size}"
         )
@@ -197,7 +246,7 @@ class QuantSpec:
 
     def with_bits(self, bits: int) -> "QuantSpec":
         """The same spec with codes of another width."""
-        return replace(self, bits=bits)
+        return replace(self, bits=bits, ternary=self.ternary and bits == self.bits)
 
     def to_json(self) -> dict[str, Any]:
         """Stable JSON form: fields sorted by name; fields added later are present only if they differ from their default."""

@@ -14,6 +14,9 @@ def packed_matrix_bytes(shape: Sequence[int], spec: "QuantSpec | None") -> int:
         return 2 * math.prod(shape)
     rows, columns = shape
     height, width = spec.scale_shape(rows, columns)
+    # the only format that packs them has whole blocks
+    if spec.super_block:
+        return height * width * spec.super_block.nbytes
     # every row starts a new word; zero points are packed along the outputs (compressed-tensors)
     words = -(-columns * spec.bits // 32)
     zeros = 0 if spec.symmetric else 4 * width * -(-rows * spec.bits // 32)

@@ -221,11 +221,24 @@ class ExportSettings:
     """Pack a quantized folder for serving stacks. Export never rounds, except with ``allow_inexact``."""
 
     formats: tuple[
-        Literal["compressed-tensors", "gguf", "gguf-q2_0", "gptq", "gptq_v2", "awq", "bitsandbytes", "safetensors", "safetensors-f32"], ...
+        Literal[
+            "compressed-tensors",
+            "gguf",
+            "gguf-q2_0",
+            "gguf-tq1_0",
+            "gptq",
+            "gptq_v2",
+            "awq",
+            "bitsandbytes",
+            "safetensors",
+            "safetensors-f32",
+        ],
+        ...,
     ] = ("compressed-tensors",)
     """Formats to write, each into its own folder: compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp, Ollama), gguf-q2_0
-    (2 bits, llama.cpp from July 2026 on), gptq (symmetric) or gptq_v2 (asymmetric), awq (4 bits), bitsandbytes (int8 with int8 inputs, or
-    NF4), safetensors (plain 16-bit floats), safetensors-f32 (plain 32-bit floats, always exact)."""
+    (2 bits, llama.cpp from July 2026 on), gguf-tq1_0 (ternary codes in the smaller of two forms), gptq (symmetric) or gptq_v2 (asymmetric),
+    awq (4 bits), bitsandbytes (int8 with int8 inputs, or NF4), safetensors (plain 16-bit floats), safetensors-f32 (plain 32-bit floats,
+    always exact)."""
     allow_inexact: bool = False
     """safetensors: round weights that 16-bit floats cannot hold. The error is measured and reported. Nothing else is ever rounded."""
     reader_version: str | None = None

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from .. import Bounds, Count, WrittenAs, check_fields
 from ..qat.auto_weights import WeightSettings
+from ..qat.mixes import MIXES, MixName
 from ..qat.scheme import QuantScheme, SpecChange
 from ..qat.spec import ONE_SCALING, ActivationSpec, QuantSpec
 from ..qat.transforms.settings import TransformSettings
@@ -17,6 +18,10 @@ class SchemeSettings:
 
     weights: Annotated[QuantSpec, WrittenAs(WeightSettings)] = field(default_factory=QuantSpec)
     """Quantization of the weights of the decoder layers' linears; with bits auto, a width for each within a budget."""
+    mix: MixName | None = None
+    """A mixture of llama.cpp in place of weights, such as q4_k_m: v_proj, down_proj and o_proj get more bits in some layers, embedding and
+    head too, and matrices whose inputs are no multiple of 256 get blocks of 32. overrides, embedding, head and skip change single
+    matrices. Default: none."""
     skip: tuple[str, ...] = ()
     """Module name patterns (fnmatch) that stay in full precision. A pattern that matches nothing is an error."""
     overrides: dict[str, SpecChange] = field(default_factory=dict)
@@ -46,7 +51,9 @@ class SchemeSettings:
 
     def scheme_with(self, weights: QuantSpec) -> QuantScheme:
         """The scheme with another spec in place of ``weights``."""
-        return QuantScheme(weights=weights, skip=self.skip, overrides=self.overrides, embedding=self.embedding, head=self.head)
+        return QuantScheme(
+            weights=weights, skip=self.skip, overrides=self.overrides, embedding=self.embedding, head=self.head, mix=self.mix
+        )
 
     @property
     def auto(self) -> WeightSettings | None:
@@ -69,8 +76,23 @@ class SchemeSettings:
         """The names of embedding and head, as far as they are quantized."""
         return [key for key in ("embedding", "head") if getattr(self, key) is not None]
 
+    def _take_mix(self) -> None:
+        """Set ``weights`` to the kind of most matrices of the mixture; refuse other ones."""
+        if self.mix is None:
+            return
+        most = QuantSpec(kind=MIXES[self.mix].most)
+        if self.weights not in (QuantSpec(), most):
+            raise ValueError(
+                f"weights have no effect with mix={self.mix!r}, which chooses the kind of each matrix; leave weights out, or leave mix out "
+                "and name single matrices in overrides"
+            )
+        # so that records, stage keys and plans show what is used; the dataclass is frozen
+        object.__setattr__(self, "weights", most)
+
     def _check_inputs(self) -> None:
         """Refuse embedding or head together with activations, which exist only in decoder layers, and what keys and values cannot have."""
+        if self.mix is not None and self.activations is not None:
+            raise ValueError("mix rounds embedding and head, and activations are inputs of the decoder layers; leave one out")
         if self.kv_cache is not None and self.kv_cache.outliers is not None:
             raise ValueError("kv_cache.outliers has no effect: outliers stay unrounded in activations alone; leave it out")
         if self.kv_cache is not None and self.kv_cache.kind in ONE_SCALING:
@@ -115,6 +137,7 @@ class QatSettings(SchemeSettings, TrainingBlock):
 
     def __post_init__(self) -> None:
         TrainingBlock.__post_init__(self)
+        self._take_mix()
         self._check_scheme()
         self._check_kind()
         self._check_ends()
@@ -146,7 +169,7 @@ class QatSettings(SchemeSettings, TrainingBlock):
         # the same scheme as training, so that the codes of the start fit its modules
         same = {
             name: getattr(self, name)
-            for name in ("weights", "skip", "overrides", "embedding", "head", "activations", "kv_cache", "allow_partial")
+            for name in ("weights", "mix", "skip", "overrides", "embedding", "head", "activations", "kv_cache", "allow_partial")
         }
         return QuantizeSettings(**same, method="gptq", calibration_tokens=self.calibration_tokens, stream="never")
 
@@ -217,6 +240,9 @@ class QuantizeSettings(SchemeSettings):
     """gptq: round the columns with the largest inputs first; groups remain those of the original columns. Default: true."""
     weighted: bool | None = None
     """mse: weight the error of a weight by the mean square of its input, which needs calibration text. Default: false."""
+    importance: str | None = None
+    """mse: path of an importance matrix of llama.cpp (.dat or .gguf), whose mean squares weight the errors in place of weighted, without
+    calibration text. Embedding and head have none."""
     transform: TransformSettings | None = None
     """What is done to the weights before they are rounded, such as awq or {method: rotation, residual: false}: the unrounded model stays
     the same, and rounding loses less. Default: nothing."""
@@ -230,18 +256,26 @@ class QuantizeSettings(SchemeSettings):
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self._take_mix()
         self._check_scheme()
         if self.auto is not None and self.stream == "always":
             raise ValueError("stream=always reads one layer at a time, and weights.bits=auto looks at the whole model; use stream=never")
-        if self.weights.kind != "int" and self.scale == "fitted":
+        # the fp16 numbers of super-blocks are fitted as scales of integers are
+        fits = self.weights.kind == "int" or bool(self.weights.super_block)
+        if not fits and self.scale == "fitted":
             raise ValueError(
                 f"scale=fitted fits scales of integer codes; kind={self.weights.kind} has few scales to choose from: use scale=mse"
             )
         # defaults are written into the settings, so that records, stage keys and plans show the numbers that are used
-        self._fill("scale", "fitted" if self.weights.kind == "int" else "mse", "gptq")
+        self._fill("scale", "fitted" if fits else "mse", "gptq")
         self._fill("damping", 0.01, "gptq")
         self._fill("activation_order", True, "gptq")
         self._fill("weighted", False, "mse")
+        if self.importance is not None and (self.method != "mse" or self.weighted):
+            reason = "has the mean squares that weighted would measure" if self.weighted else "belongs to method=mse"
+            raise ValueError(f"importance={self.importance!r} {reason}; leave one of them out")
+        if self.importance is not None and self.transform is not None:
+            raise ValueError(f"importance={self.importance!r} is of the inputs before transform, which changes them; leave one of them out")
         self._check_inputs()
         if self.transform is not None and self.transform.clip and self.method != "rtn":
             raise ValueError(f"transform.clip cuts weights for method=rtn; method={self.method} chooses its scales itself: leave clip out")

@@ -11,6 +11,7 @@ app = typer.Typer()
 
 _FORMATS = (
     "Format to write: compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp), gguf-q2_0 (2 bits, llama.cpp from July 2026 on), "
+    "gguf-tq1_0 (ternary codes, the smaller form), "
     "gptq, gptq_v2 (asymmetric), awq (4 bits), bitsandbytes (int8 with int8 inputs, or NF4), safetensors (plain 16-bit floats), "
     "safetensors-f32 (plain, always exact); for plain weights also gguf-bf16, gguf-f16 or gguf-f32."
 )

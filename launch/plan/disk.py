@@ -10,6 +10,7 @@ from .shapes import ModelShape
 
 if TYPE_CHECKING:
     from ...qat.scheme import QuantScheme
+    from ...qat.spec import QuantSpec
 
 _OPTIMIZER_TENSORS = 2  # both moments, fp32, whatever the optimizer keeps in memory
 
@@ -42,7 +43,7 @@ def quantized_bytes(shape: ModelShape, scheme: "QuantScheme") -> tuple[int, int]
     codes: dict[str, StoredTensor] = {}
     for name, (rows, columns, spec) in quantized_linears(shape, scheme).items():
         scales = spec.scale_shape(rows, columns)
-        codes[f"{name}.codes"] = ({"int": "I8", "fp8_e4m3": "F8_E4M3"}.get(spec.kind, "U8"), (rows, columns))
+        codes[f"{name}.codes"] = (_code_dtype(spec), (rows, columns))
         codes[f"{name}.scale"] = ("F32", scales)
         # a zero point for each scale
         if not spec.symmetric:
@@ -50,7 +51,16 @@ def quantized_bytes(shape: ModelShape, scheme: "QuantScheme") -> tuple[int, int]
         # nvfp4 has an fp32 scale for the whole matrix above its scales per group
         if spec.kind == "nvfp4":
             codes[f"{name}.global_scale"] = ("F32", (1,))
+        if form := spec.super_block:
+            codes[f"{name}.sub_scale"] = ("I8", (rows, columns // form.width))
+            minimums: Tensors = {f"{name}.minimum_scale": ("F32", scales), f"{name}.sub_minimum": ("I8", (rows, columns // form.width))}
+            codes |= minimums if form.minimum else {}
     return model_bytes(shape, "F32"), safetensors_bytes(codes)
+
+
+def _code_dtype(spec: "QuantSpec") -> str:
+    signed = spec.kind == "int" or spec.super_block is not None
+    return "F8_E4M3" if spec.kind == "fp8_e4m3" else "I8" if signed else "U8"
 
 
 def checkpoint_bytes(shape: ModelShape, *, masks: bool, scored: bool = False) -> int:

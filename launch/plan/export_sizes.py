@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...models.common.errors import UserError
-from ...qat.export.gguf.blocks import symmetric_type
+from ...qat.export.gguf.blocks import PREFERRED, symmetric_type
 from ...qat.export.gguf.container import ALIGNMENT, BLOCKS, TensorType
+from ...qat.export.gguf.super_blocks import SUPER_TYPES
 from ...qat.export.stored_parts import PARTS, StoredTensor
 from .disk import model_bytes, safetensors_bytes
-from .quantized_shapes import quantized_linears
+from .quantized_shapes import Quantized, quantized_linears
 from .shapes import ModelShape
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ def export_bytes(
         kv_cache: How keys and values are rounded.
         tokenizer: Folder with the model's tokenizer, which a GGUF file holds; None where it is not at hand: then it is estimated.
     """
-    if form in ("gguf", "gguf-q2_0"):
-        return _gguf_bytes(shape, scheme, tokenizer, q2_0=form == "gguf-q2_0")
+    if form in ("gguf", *PREFERRED):
+        return _gguf_bytes(shape, scheme, tokenizer, PREFERRED.get(form))
     if form not in PARTS:
         return model_bytes(shape, "F32" if form == "safetensors-f32" else "BF16")
     stored: dict[str, StoredTensor] = {}
@@ -75,15 +76,13 @@ def tokenizer_folder(recipe: "Recipe") -> Path | None:
     return None
 
 
-def _gguf_bytes(shape: ModelShape, scheme: "QuantScheme", tokenizer: Path | None, *, q2_0: bool) -> int:
+def _gguf_bytes(shape: ModelShape, scheme: "QuantScheme", tokenizer: Path | None, preferred: TensorType | None) -> int:
     quantized = quantized_linears(shape, scheme)
     total = _gguf_header_bytes(shape, tokenizer)
     for name, sizes in shape.tensors.items():
         one = quantized.get(name.removesuffix(".weight"))
         if one is not None:
-            # 4 bits with zero points fit Q4_1 only if fp16 holds every minimum, which only values can tell
-            wide = TensorType.Q4_1 if one.spec.bits <= 3 else TensorType.Q5_1
-            kind = symmetric_type(one.spec, one.columns, q2_0=q2_0) if one.spec.symmetric else wide
+            kind = _block_type(one, preferred)
         else:
             # llama.cpp wants vectors in fp32
             kind = TensorType.F32 if len(sizes) == 1 else TensorType.BF16
@@ -93,6 +92,16 @@ def _gguf_bytes(shape: ModelShape, scheme: "QuantScheme", tokenizer: Path | None
         # 64: the tensor's name, shape and offset in the file's table
         total += 64 + -(-data // ALIGNMENT) * ALIGNMENT
     return total
+
+
+def _block_type(one: Quantized, preferred: TensorType | None) -> TensorType:
+    if one.spec.super_block:
+        return SUPER_TYPES[one.spec.kind]
+    if one.spec.kind == "mxfp4":
+        return TensorType.MXFP4
+    # 4 bits with zero points fit Q4_1 only if fp16 holds every minimum, which only values can tell
+    wide = TensorType.Q4_1 if one.spec.bits <= 3 else TensorType.Q5_1
+    return symmetric_type(one.spec, one.columns, preferred) if one.spec.symmetric else wide
 
 
 def _gguf_header_bytes(shape: ModelShape, tokenizer: Path | None) -> int:

@@ -21,6 +21,7 @@ from .machine import planned_machine
 from .memory import training_memory
 from .memory_case import StageMemoryCase
 from .plan_types import PRECISIONS, Machine, Plan, StagePlan, Training
+from .quantized_shapes import quantized_linears
 from .recipe_remedies import Keys, RecipeRemedies
 from .rounding import rounding_plan
 from .sampling_cost import SamplingCase, sampling_cost
@@ -30,7 +31,7 @@ from .shapes import ModelShape
 from .stage_shapes import StageShape, makes_own_model, shape_notes, stage_shapes, student_shape, teacher_shape
 from .stage_time import StageWork, timed, training_step
 from .text_disk import blend_notes, tokenized_bytes
-from .values import Value, recipe_values, settings_values, training_values
+from .values import Value, mix_values, recipe_values, settings_values, training_values
 from .work import cache_work
 
 if TYPE_CHECKING:
@@ -112,6 +113,9 @@ def _stage(
         # a derived value replaces the setting it was derived for (auto, or none)
         values = derived + [value for value in values if value.key not in {other.key for other in derived}]
         notes = [*blend_notes(recipe.data, training.tokens), *notes]
+    if isinstance(entry.settings, QatSettings | QuantizeSettings) and entry.settings.mix and shape.scheme is not None:
+        # the mixture decides ``weights``
+        values = [value for value in values if ".weights." not in value.key] + mix_values(entry, quantized_linears(after, shape.scheme))
     if isinstance(entry.settings, PruneSettings) and entry.settings.structured:
         structured = entry.settings.structured
         notes += [*search_notes(shape.before, structured), *round_notes(shape.before, entry.settings), *shape_notes(after, structured.kept)]

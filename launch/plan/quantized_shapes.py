@@ -32,9 +32,10 @@ def quantized_linears(shape: ModelShape, scheme: "QuantScheme") -> dict[str, Qua
     # the rule that the stage itself applies, so that a plan cannot count other matrices
     specs = scheme.of_linears(shape.linears)
     found = {name: Quantized(*shape.linears[name], spec) for name, spec in specs.items()}
-    for change, name in ((scheme.embedding, shape.embedding), (scheme.head, shape.head)):
+    ends = {"embedding": shape.embedding, "head": shape.head}
+    for key, spec in scheme.of_ends(shape.hidden, **ends).items():
         # a tied head has no name: its scheme is the embedding's
-        if change is not None and name:
+        if name := ends[key]:
             rows, columns = shape.tensors[f"{name}.weight"]
-            found[name] = Quantized(rows, columns, change.applied(scheme.weights))
+            found[name] = Quantized(rows, columns, spec)
     return found

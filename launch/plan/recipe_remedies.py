@@ -63,7 +63,9 @@ class RecipeRemedies:
             case Beyond(key, values):
                 return "use", " ".join(f"{self.keys.quantizer}{key}.{name}={yaml_word(value)}" for name, value in values)
             case Without(key):
-                return "leave", f"{self.keys.quantizer}{key} out"
+                # a mixture quantizes embedding and head without a key of their own
+                by_mix = self.scheme.mix and key in ("embedding", "head") and getattr(self.scheme, key) is None
+                return "leave", f"{self.keys.quantizer}{'mix' if by_mix else key} out"
             case Skip(patterns):
                 return "use", self.skip(*patterns)
             case NarrowFfn(channels):
@@ -92,7 +94,9 @@ class RecipeRemedies:
         # modules with the common scheme are changed at ``weights``; embedding and head have keys of their own
         sections = ["weights"] if spec == self.scheme.weights else [ends[kind] for kind in kinds if kind in ends]
         if sections == ["weights"] or len(sections) == len(kinds):
-            return " ".join(f"{self.keys.quantizer}{section}.{name}={value}" for section in sections for name, value in text.items())
+            given = " ".join(f"{self.keys.quantizer}{section}.{name}={value}" for section in sections for name, value in text.items())
+            # a mixture decides ``weights``, so both cannot be given
+            return f"{given} in place of {self.keys.quantizer}mix" if self.scheme.mix and sections == ["weights"] else given
         return (
             f"{{{', '.join(f'{name}: {value}' for name, value in text.items())}}} in {self.keys.quantizer}overrides for {', '.join(kinds)}"
         )

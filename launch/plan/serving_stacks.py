@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from ...qat.export.format_readers import RUNTIMES, formats_for, reading
 from ...qat.export.limits.formats import refusals
+from ...qat.export.limits.gguf import GGUF_KINDS
 from ...qat.export.limits.plain import FORMATS as PLAIN
 from ...qat.export.limits.refusal import OtherFormat
 from ...qat.export.limits.stored_model import StoredModel
@@ -67,7 +68,7 @@ def _of_format(target: str, form: str, stored: StoredModel, cases: Sequence[Stor
         # plain weights have no codes that a kernel could refuse, and no groups that a cut could break
         served = [replace(case, spec=QuantSpec(group_size="channel")) for case in cases]
     else:
-        held = ("int", *(PACKED_FLOATS if form == "compressed-tensors" else ()))
+        held = ("int", *(PACKED_FLOATS if form == "compressed-tensors" else GGUF_KINDS if form.startswith("gguf") else ()))
         served = [case for case in cases if case.spec.kind in held]
     # several schemes may give the same finding, which is told once
     reasons = list(dict.fromkeys(finding for case in served for rule in rules(target, form) for finding in rule(case)))

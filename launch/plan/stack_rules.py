@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
 from ...models.family_map import FAMILIES as MAPS
-from ...qat.export.gguf.blocks import is_q2_0, symmetric_bits
+from ...qat.export.gguf.blocks import is_q2_0, is_ternary, symmetric_bits
 from ...qat.export.limits.plain import FORMATS as PLAIN
 from ...qat.export.limits.shared import nearest_bits
 from .stored_shapes import StoredShapes
@@ -153,6 +153,9 @@ def _narrow_codes(case: StoredShapes) -> Iterable[StackFinding]:
     spec = case.spec
     if spec.kind != "int" or not spec.symmetric or (held := symmetric_bits(spec.bits)) == spec.bits:
         return
+    # blocks of their own hold ternary codes
+    if all(is_ternary(spec, columns) for _, columns in case.linears.values()):
+        return
     narrow = any(is_q2_0(spec, columns) for _, columns in case.linears.values())
     # the recipe also writes the format that has blocks of two bits
     if narrow and "gguf-q2_0" in case.remedies.formats:
@@ -182,7 +185,14 @@ def _onnx(case: StoredShapes) -> Iterable[StackFinding]:
 
 
 def _openvino(case: StoredShapes) -> Iterable[StackFinding]:
-    if case.spec.bits > 4 or not case.spec.symmetric or case.config.model_type not in ("llama", "qwen2", "qwen3"):
+    spec = case.spec
+    if (
+        spec.kind != "int"
+        or spec.ternary
+        or spec.bits > 4
+        or not spec.symmetric
+        or case.config.model_type not in ("llama", "qwen2", "qwen3")
+    ):
         yield StackFinding("slower", "its reader was tried only with Q4_0 of Llama, Qwen2 and Qwen3")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...models.common.errors import UserError
 from ...qat.bit_assignment import BudgetError
 from ...qat.scheme import example_of
+from ...qat.super_blocks import no_zero
 from ...trainer.settings_own import OwnStageSettings
 from .quantized_shapes import quantized_linears
 from .shape_budgets import shape_space
@@ -120,6 +121,10 @@ def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
             scheme = settings.scheme
             beside = {"activations": settings.activations, "kv_cache": settings.kv_cache}
             _check_scheme(shape, scheme, entry)
+            if isinstance(settings, QuantizeSettings) and settings.importance is not None:
+                _check_importance(shape, settings.importance, entry)
+            if sparse:
+                _check_zeros_held(shape, scheme, entry)
             if isinstance(settings, QuantizeSettings) and settings.transform is not None:
                 shape = _transformed(recipe, shape, settings.transform, entry, sparse)
             continues = same and isinstance(settings, QatSettings) and settings.first == "gptq" and not any(beside.values())
@@ -205,6 +210,23 @@ def _check_tokens(given: int | None, widest: int, seq_length: int, place: str, m
             f"{place}.calibration_tokens: {tokens:,} tokens are too few for a matrix with {widest:,} inputs; "
             f"{method} needs at least as many, and many times that are usual"
         )
+
+
+def _check_importance(shape: ModelShape, path: str, entry: "StageEntry") -> None:
+    """Raise ImpossibleStageError if the file is no importance matrix of this model."""
+    from ...qat.importance import importance_of
+
+    try:
+        importance_of(path, shape.config.model_type, {name: columns for name, (_, columns) in shape.linears.items()})
+    except UserError as error:
+        raise ImpossibleStageError(f"stages.{entry.index}.{entry.kind}.importance: {error}") from error
+
+
+def _check_zeros_held(shape: ModelShape, scheme: "QuantScheme", entry: "StageEntry") -> None:
+    """Raise ImpossibleStageError if pruned linears have a kind that does not hold 0."""
+    kinds = {one.spec.kind for name, one in quantized_linears(shape, scheme).items() if name in shape.linears and not one.spec.holds_zero}
+    if kinds:
+        raise ImpossibleStageError(f"stages.{entry.index}.{entry.kind}.weights: {no_zero(min(kinds))}")
 
 
 def _check_scheme(shape: ModelShape, scheme: "QuantScheme", entry: "StageEntry") -> None:

@@ -1,5 +1,6 @@
 """Lists every value that a run uses, with its origin: the recipe, a default, or a rule."""
 
+from collections import Counter
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,11 @@ from ...trainer.plan import MICRO_BATCH_TOKENS, WARMUP
 from ...trainer.settings_quantization import QatSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ...configs.recipe import Recipe, StageEntry
     from ...trainer.plan import TrainingPlan
+    from .quantized_shapes import Quantized
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,13 @@ def _filled(settings: Any, name: str) -> bool:
     except ValueError:
         # the rest needs this field
         return False
+
+
+def mix_values(entry: "StageEntry", quantized: "Mapping[str, Quantized]") -> list[Value]:
+    """Return what a mixture makes of a model, as the number of matrices of each kind."""
+    counts = Counter(one.spec.words() for one in quantized.values())
+    words = ", ".join(f"{count} in {kind}" for kind, count in counts.most_common())
+    return [Value(f"stages.{entry.index}.{entry.kind}.mix matrices", words, f"the rules of llama.cpp for {entry.settings.mix}")]
 
 
 def training_values(

@@ -246,7 +246,7 @@ class ReportRows:
                 self.run.say(f"the teacher is not rounded for comparison: {error}")
                 return []
         seen = self._remembered(place / "measured.json", str(packed), None)
-        form = f"int{spec.bits}" if spec.kind == "int" else spec.kind
+        form = spec.kind if spec.kind != "int" else "ternary codes" if spec.ternary else f"int{spec.bits}"
         row = {"name": f"teacher rounded to {form}", "kind": "quantize", "path": self._relative(str(packed)), "tokens": 0, "seconds": 0.0}
         row |= seen
         return [{**row, "change": change_between(self.teacher_row(), row)}]

@@ -5,10 +5,11 @@ Devices, strategy, paths, data loader workers, checkpoint interval and loggers a
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ...losses.settings_own import OwnLossSettings
-from ...models.common.files import sha256_json
+from ...models.common.files import sha256_file, sha256_json
 from ...parts import Part
 from ...trainer.plan import WARMUP
 from ...trainer.settings import TrainerSettings
@@ -17,7 +18,7 @@ from ...trainer.settings_own import OwnSettings
 # Settings of a stage that do not change what it computes: how often it saves, where weights are kept, and what the user accepts.
 _NOT_NUMBERS = {"checkpoint_every", "stream", "allow_partial"}
 # Keys of stages that are not in the stage key where they are not given.
-_LATER = ("wanda", "sparsegpt", "movement", "pattern", "transform", "local")
+_LATER = ("wanda", "sparsegpt", "movement", "pattern", "transform", "importance", "mix", "local")
 _TRAINER_NUMBERS = ("precision", "global_batch_tokens", "gradient_clip", "save_dtype", "optimizer")
 
 
@@ -68,6 +69,14 @@ def stage_key(
     elif "samples" in chosen and isinstance(chosen["samples"], dict):
         # how many are drawn at a time changes memory and rounding alone
         del chosen["samples"]["batch"]
+    changes = [chosen.get("weights"), chosen.get("embedding"), chosen.get("head"), *(chosen.get("overrides") or {}).values()]
+    for section in changes:
+        # so do specs of versions without ternary codes
+        if isinstance(section, dict) and not section.get("ternary", True):
+            del section["ternary"]
+    if chosen.get("importance"):
+        # the file's content decides, and not where it lies
+        chosen["importance"] = sha256_file(Path(chosen["importance"]))
     watched = _watched(chosen, trainer)
     return sha256_json(
         {

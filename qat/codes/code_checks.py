@@ -6,16 +6,18 @@ from torch import Tensor
 from ..fake_quant import Encoded
 from ..fake_quant.absmax_reference import GRID_DTYPES
 from ..spec import QuantSpec
+from ..super_blocks import SUPER_BLOCKS
+from .sub_scale_checks import fp16_or_nan, sub_problem
 
-_CODE_DTYPES = {"int": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
+_CODE_DTYPES = {"int": torch.int8, "fp8_e4m3": torch.float8_e4m3fn, **dict.fromkeys(SUPER_BLOCKS, torch.int8)}
 """Kind -> dtype of its codes; the other kinds use uint8, one 4-bit code per byte."""
-_OWN_GRIDS = ("mxfp4", "nvfp4")
+_OWN_GRIDS = ("mxfp4", "nvfp4", *SUPER_BLOCKS)
 
 
 def grid_problem(encoded: Encoded, spec: QuantSpec) -> str | None:
     """Return why these tensors are not valid codes and scales of ``spec``; None if they are."""
     problem = _codes_problem(encoded.codes, encoded.scales, spec) or _zero_problem(encoded.zeros, encoded.scales, spec)
-    return problem or _global_problem(encoded.global_scale, spec)
+    return problem or _global_problem(encoded.global_scale, spec) or sub_problem(encoded.codes, encoded.sub, spec)
 
 
 def _zero_problem(zeros: Tensor | None, scales: Tensor, spec: QuantSpec) -> str | None:
@@ -75,6 +77,8 @@ def _on_grid(scales: Tensor, spec: QuantSpec) -> Tensor:
     if spec.kind == "mxfp4":
         # frexp gives mantissas in [0.5, 1): exactly 0.5 means a power of two
         return torch.where(torch.frexp(scales).mantissa == 0.5, scales, torch.nan)
+    if spec.super_block:
+        return fp16_or_nan(scales)
     grid = spec.grid
     return scales.to(GRID_DTYPES[grid.dropped_bits]).to(torch.float32).clamp(grid.smallest, grid.largest)
 
@@ -83,7 +87,7 @@ def _outside(codes: Tensor, spec: QuantSpec) -> str | None:
     if spec.kind == "fp8_e4m3":
         # e4m3fn has no infinities, so NaN is its only bit pattern that is not a number
         return None if bool(torch.isfinite(codes.to(torch.float32)).all()) else "a code is NaN"
-    low, high = (spec.qmin, spec.qmax) if spec.kind == "int" else (0, 15)
+    low, high = (spec.qmin, spec.qmax) if spec.kind == "int" or spec.super_block else (0, 15)
     if codes.numel() and not low <= int(codes.min()) <= int(codes.max()) <= high:
         return f"codes span {int(codes.min())}..{int(codes.max())}, outside {low}..{high}"
     return None

@@ -2,9 +2,10 @@
 
 A quantized folder holds ``model.safetensors`` with codes * scales in fp32 under the original names, and
 ``quant/codes.safetensors``: ``<module>.codes`` int8 [out, in], ``<module>.scale`` fp32 [out, groups], for an asymmetric spec
-``<module>.zero_point`` int8 [out, groups], for nvfp4 ``.global_scale`` fp32 [1], for inputs with a stored scale ``.input_scale`` fp32
-and ``.input_zero`` int8, one number each; ``kv_cache_scales.py`` adds those of keys and values. ``decoct.json`` records the QuantSpec,
-the modules and a hash of everything. Export reads the codes and never rounds again.
+``<module>.zero_point`` int8 [out, groups], for nvfp4 ``.global_scale`` fp32 [1], for q2_k to q6_k the parts of ``SubScales`` as
+``.sub_scale``, ``.minimum_scale`` and ``.sub_minimum``, for inputs with a stored scale ``.input_scale`` fp32 and ``.input_zero`` int8, one
+number each; ``kv_cache_scales.py`` adds those of keys and values. ``decoct.json`` records the QuantSpec, the modules and a hash of
+everything. Export reads the codes and never rounds again.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from torch import Tensor
 from ...models.common.errors import UserError
 from ...models.folder.codes_file import CODES, codes_file
 from ..fake_quant import Encoded, decode
+from ..fake_quant.super_reference import SubScales
 from ..spec import ActivationSpec, QuantSpec
 from .code_checks import grid_problem
 from .kv_cache_scales import CacheState, cache_from_record
@@ -27,6 +29,7 @@ from .kv_cache_scales import CacheState, cache_from_record
 QUANT_FILE = CODES
 """File in which ``save_model_folder`` writes the codes."""
 _CODES, _SCALE, _ZERO, _GLOBAL = ".codes", ".scale", ".zero_point", ".global_scale"
+_SUB_SCALE, _MINIMUM, _SUB_MINIMUM = ".sub_scale", ".minimum_scale", ".sub_minimum"
 _INPUT_SCALE, _INPUT_ZERO = ".input_scale", ".input_zero"
 
 
@@ -46,6 +49,8 @@ class QuantState:
     """int8 [out, groups] in [qmin, qmax] by module name; modules with a symmetric spec have none."""
     global_scales: dict[str, Tensor] = field(default_factory=dict)
     """fp32 [1] by module name; the module's scales are divided by it (nvfp4 only)."""
+    sub_scales: dict[str, SubScales] = field(default_factory=dict)
+    """By module name, what the sub-blocks of q2_k to q6_k store."""
     own_specs: dict[str, QuantSpec] = field(default_factory=dict)
     """Specs of modules that differ from ``spec``."""
     activations: ActivationSpec | None = None
@@ -70,7 +75,7 @@ class QuantState:
             device: Target device of the tensors; None leaves them where they are.
         """
 
-        def held(part: str) -> dict[str, Tensor]:
+        def held(part: str) -> dict[str, Any]:
             # parts that a module lacks, such as zero points of symmetric codes, get no entry
             found = {name: value for name, one in encoded.items() if (value := getattr(one, part)) is not None}
             return found if device is None else {name: value.to(device) for name, value in found.items()}
@@ -82,12 +87,14 @@ class QuantState:
             scales=held("scales"),
             zero_points=held("zeros"),
             global_scales=held("global_scale"),
+            sub_scales=held("sub"),
             own_specs={name: specs[name] for name in encoded if specs[name] != spec},
         )
 
     def encoded(self, module: str) -> Encoded:
         """Return a module's codes, scales, zero points and global scale."""
-        return Encoded(self.codes[module], self.scales[module], self.zero_points.get(module), self.global_scales.get(module))
+        zeros, whole, sub = (held.get(module) for held in (self.zero_points, self.global_scales, self.sub_scales))
+        return Encoded(self.codes[module], self.scales[module], zeros, whole, sub)  # pyright: ignore[reportArgumentType]
 
     def spec_of(self, module: str) -> QuantSpec:
         """Return the spec of a module."""
@@ -118,6 +125,7 @@ class QuantState:
             scales=of(self.scales),
             zero_points=of(self.zero_points),
             global_scales=of(self.global_scales),
+            sub_scales=of(self.sub_scales),
             own_specs=of(self.own_specs),
             input_scales=of(self.input_scales),
             input_zeros=of(self.input_zeros),
@@ -130,6 +138,8 @@ class QuantState:
         yield _SCALE, self.scales
         yield _ZERO, self.zero_points
         yield _GLOBAL, self.global_scales
+        for suffix, part in ((_SUB_SCALE, "scales"), (_MINIMUM, "minimum"), (_SUB_MINIMUM, "minimums")):
+            yield suffix, {name: found for name, sub in self.sub_scales.items() if (found := getattr(sub, part)) is not None}
         yield _INPUT_SCALE, self.input_scales
         yield _INPUT_ZERO, self.input_zeros
 
@@ -236,6 +246,9 @@ def _from_record(record: Any, tensors: Mapping[str, Tensor], file: Path, folder:
     expected = {name + suffix for name in modules for suffix in (_CODES, _SCALE)}
     expected |= {name + _ZERO for name in modules if not own.get(name, spec).symmetric}
     expected |= {name + _GLOBAL for name in modules if own.get(name, spec).kind == "nvfp4"}
+    forms = {name: form for name in modules if (form := own.get(name, spec).super_block)}
+    expected |= {name + _SUB_SCALE for name in forms}
+    expected |= {name + suffix for name, form in forms.items() if form.minimum for suffix in (_MINIMUM, _SUB_MINIMUM)}
     if activations is not None and activations.scaling == "static":
         expected |= {name + suffix for name in modules for suffix in (_INPUT_SCALE, *([] if activations.symmetric else [_INPUT_ZERO]))}
     expected |= set(cache.expected() if cache else ())
@@ -250,12 +263,19 @@ def _from_record(record: Any, tensors: Mapping[str, Tensor], file: Path, folder:
         scales=_held(tensors, modules, _SCALE),
         zero_points=_held(tensors, modules, _ZERO),
         global_scales=_held(tensors, modules, _GLOBAL),
+        sub_scales={name: sub for name in modules if (sub := stored_sub_scales(tensors, name))},
         own_specs=own,
         activations=activations,
         input_scales=_held(tensors, modules, _INPUT_SCALE),
         input_zeros=_held(tensors, modules, _INPUT_ZERO),
         cache=cache,
     )
+
+
+def stored_sub_scales(tensors: Mapping[str, Tensor], module: str) -> SubScales | None:
+    """Return a module's sub-scales from the tensors of ``QuantState.tensors``; None for kinds without super-blocks."""
+    scales, minimum, minimums = (tensors.get(module + suffix) for suffix in (_SUB_SCALE, _MINIMUM, _SUB_MINIMUM))
+    return None if scales is None else SubScales(scales, minimum, minimums)
 
 
 def _held(tensors: Mapping[str, Tensor], modules: tuple[str, ...], suffix: str) -> dict[str, Tensor]:

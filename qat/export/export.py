@@ -34,6 +34,7 @@ from .check_limits import check_limits
 from .compressed_tensors import writer as compressed_tensors
 from .format_cards import AWQ_CARD, BITSANDBYTES_CARD, GPTQ_CARD, GPTQ_V2_CARD, PLAIN_CARD
 from .gguf import writer as gguf_files
+from .gguf.blocks import PREFERRED
 from .gguf.card import GGUF_CARD
 from .limits import plain
 
@@ -110,11 +111,14 @@ EXPORTERS: dict[str, Exporter] = {
     plain.NAME: _PLAIN,
     plain.WIDE_NAME: _PLAIN,
     gguf_files.NAME: _GGUF,
-    gguf_files.NARROW_NAME: replace(
-        _GGUF,
-        planned_bytes=partial(gguf_files.planned_bytes, q2_0=True),
-        write=partial(gguf_files.write, q2_0=True),
-    ),
+    **{
+        name: replace(
+            _GGUF,
+            planned_bytes=partial(gguf_files.planned_bytes, preferred=preferred),
+            write=partial(gguf_files.write, preferred=preferred),
+        )
+        for name, preferred in PREFERRED.items()
+    },
     **dict.fromkeys(PLAIN_GGUF, _GGUF),
 }
 """Format name -> exporter."""

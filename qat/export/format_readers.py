@@ -41,6 +41,7 @@ READERS: Mapping[str, Mapping[str, Reading]] = {
     "safetensors-f32": {**_SAFETENSORS, "vLLM": _FP32, "SGLang": _FP32},
     "gguf": _GGUF,
     "gguf-q2_0": {"llama.cpp": Reading("reads", "from July 2026 on")},
+    "gguf-tq1_0": {"llama.cpp": _PLAIN},
 }
 """Format -> runtime -> how it reads the format. A missing pair: the stack does not know the format, or the pair is untested."""
 

@@ -8,12 +8,13 @@ from .dispatch import Backend, check_weight, grid_numbers, use_kernel
 from .floats import fake_quant_float, float_scales
 from .learned import fake_quant_learned, quantize_with
 from .ranges import check_groups, range_grid
+from .super_blocks import fake_quant_super
 
 
 def _arguments(weight: Tensor, spec: QuantSpec, mask: Tensor | None) -> tuple[int, int, float, list[float]]:
     """The arguments of the back ends from a spec, after checking weight and mask."""
     check_weight(weight, mask)
-    return spec.bits, spec.group_width(weight.shape[1]), spec.divisor_value, grid_numbers(spec)
+    return spec.code_bits, spec.group_width(weight.shape[1]), spec.divisor_value, grid_numbers(spec)
 
 
 def fake_quant(
@@ -23,7 +24,8 @@ def fake_quant(
 
     y = s * clamp(round(w * mask / s), qmin, qmax) with s = max|w * mask| / divisor per group, rounded to its grid and taken as a constant;
     dL/dw = dL/dy * 1[qmin <= w / s <= qmax] * mask (details in ``absmax_reference.py``). With symmetric=False scale and zero point come
-    from the group's range (``range_reference.py``); kinds other than int have their own code books and scales (``float_reference.py``).
+    from the group's range (``range_reference.py``); kinds other than int have their own code books and scales (``float_reference.py``,
+    ``super_reference.py``).
 
     Args:
         weight: [out, in], float32, bfloat16, float16 (computed in fp32) or float64 (computed in fp64, reference only);
@@ -42,6 +44,9 @@ def fake_quant(
 
     Source: Bengio et al., arXiv 1308.3432; Esser et al., arXiv 1902.08153, eq. 1 to 3.
     """
+    # two levels of scales, found together
+    if spec.super_block:
+        return fake_quant_super(weight, spec, mask, backend)
     # floats and quantiles: code books and scales of their own
     if spec.kind != "int":
         scale, _, _ = float_scales(weight, spec, mask, whole)
@@ -76,7 +81,8 @@ def quantize(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, bac
         ValueError: as in ``fake_quant``, or a weight is NaN or infinite (the check waits for the device).
     """
     if spec.kind != "int":
-        raise ValueError(f"codes of kind={spec.kind!r} are not int8; call encode() instead of quantize()")
+        what = "come with sub-scales" if spec.super_block else "are not int8"
+        raise ValueError(f"codes of kind={spec.kind!r} {what}; call encode() instead of quantize()")
     if not spec.symmetric:
         raise ValueError("codes of a spec with symmetric=false come with zero points; call encode() instead of quantize()")
     # one scale for the matrix comes from its range, as in ``fake_quant``

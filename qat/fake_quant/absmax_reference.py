@@ -25,6 +25,11 @@ from torch import Tensor
 GRID_DTYPES = {16: torch.bfloat16, 13: torch.float16, 0: torch.float32}
 
 
+def code_limits(bits: int) -> tuple[int, int]:
+    """(smallest, largest) signed code of ``bits``: -2^(b-1) and 2^(b-1) - 1. The width 1 stands for the ternary codes -1, 0 and 1."""
+    return (-1, 1) if bits == 1 else (-(1 << bits - 1), (1 << bits - 1) - 1)
+
+
 def group_scales(absmax: Tensor, divisor: float, dropped_bits: int, smallest: float, largest: float) -> Tensor:
     """Scales on their grid for groups with the given largest magnitudes, any shape, fp32 or fp64; same shape and dtype.
 
@@ -61,14 +66,14 @@ def quantize(weight: Tensor, mask: Tensor | None, bits: int, width: int, divisor
     """(codes int8 [out, in], scales fp32 [out, in / width]) of weights [out, in]; groups that are not finite have NaN scales."""
     value, scale = _divided(weight, mask, width, divisor, grid)
     # NaN becomes code 0: int8 of NaN is undefined, and the NaN scale already marks the group
-    codes = value.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).round_().nan_to_num_(0.0).to(torch.int8)
+    codes = value.clamp_(*code_limits(bits)).round_().nan_to_num_(0.0).to(torch.int8)
     return codes.view(weight.shape), scale.view(weight.shape[0], -1).to(torch.float32)
 
 
 def _forward(weight: Tensor, mask: Tensor | None, bits: int, width: int, divisor: float, grid: list[float]) -> tuple[Tensor, Tensor]:
     """(y [out, in] in the weight's dtype, passes uint8 [out, in]: 1 where the gradient passes)."""
     value, scale = _divided(weight, mask, width, divisor, grid)
-    clipped = value.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    clipped = value.clamp(*code_limits(bits))
     # compared in place as floats and cast by way of int8: on a CPU a bool result, or a cast to uint8, is several times slower
     passes = value.eq_(clipped).to(torch.int8).view(torch.uint8).view(weight.shape)
     if mask is not None:

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .absmax_reference import code_limits
+
 # Elements a program holds at a time: 16 per thread of 4 warps, so that a program's tile stays in registers.
 TILE_ELEMENTS = 2048
 # A group wider than this is walked in column blocks.
@@ -126,8 +128,8 @@ def launch_kernel(kernel, tensors: list[Tensor], like: Tensor, width: int, numbe
 
 def integer_grid(bits: int, grid: list[float]) -> dict[str, float]:
     """Constants of kernels that round to integers of ``bits``, with scales on ``grid`` (see ``dispatch.grid_numbers``)."""
-    limit = 2.0 ** (bits - 1)
-    return {"QMIN": -limit, "QMAX": limit - 1, "DROPPED_BITS": int(grid[0]), "SMALLEST": grid[1], "LARGEST": grid[2]}
+    least, most = code_limits(bits)
+    return {"QMIN": float(least), "QMAX": float(most), "DROPPED_BITS": int(grid[0]), "SMALLEST": grid[1], "LARGEST": grid[2]}
 
 
 def runs_on(device: torch.device) -> bool:

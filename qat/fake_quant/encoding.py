@@ -11,24 +11,29 @@ from .dispatch import Backend
 from .floats import float_codes, float_scales, float_values
 from .learned import quantize_with
 from .ranges import check_groups, range_grid
+from .super_blocks import super_codes
+from .super_reference import SubScales, decoded
 
 
 class Encoded(NamedTuple):
     """A quantized weight [out, in]; ``decode`` gives its values."""
 
     codes: Tensor
-    """[out, in]: int8 in [qmin, qmax] (int), uint8 in 0..15, one per byte (nf4, mxfp4, nvfp4), float8_e4m3fn (fp8_e4m3)."""
+    """[out, in]: int8 in [qmin, qmax] (int, q2_k to q6_k), uint8 in 0..15, one per byte (nf4, mxfp4, nvfp4), float8_e4m3fn (fp8_e4m3)."""
     scales: Tensor
-    """fp32 of ``spec.scale_shape(out, in)``: on the spec's grid; powers of two (mxfp4); values of float8 e4m3 (nvfp4)."""
+    """fp32 of ``spec.scale_shape(out, in)``: on the spec's grid; powers of two (mxfp4); values of float8 e4m3 (nvfp4); fp16 numbers
+    (q2_k to q6_k)."""
     zeros: Tensor | None = None
     """int8 in the shape of ``scales`` if the spec is not symmetric, else None."""
     global_scale: Tensor | None = None
     """fp32 [1] by which the scales are divided (nvfp4), else None."""
+    sub: SubScales | None = None
+    """What the sub-blocks store beside the scales (q2_k to q6_k), else None."""
 
     def to(self, device: torch.device | str) -> "Encoded":
         """The same on another device."""
         zeros, whole = (None if part is None else part.to(device) for part in (self.zeros, self.global_scale))
-        return Encoded(self.codes.to(device), self.scales.to(device), zeros, whole)
+        return Encoded(self.codes.to(device), self.scales.to(device), zeros, whole, self.sub and self.sub.to(device))
 
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
@@ -67,6 +72,9 @@ def encode(
     Raises:
         ValueError: as in ``fake_quant``, or a weight is NaN or infinite (the check waits for the device).
     """
+    if spec.super_block:
+        codes, scales, sub = super_codes(weight, spec, mask, backend)
+        return Encoded(codes, scales, sub=sub)
     if spec.kind != "int":
         # nvfp4 stores e4m3 scales and one global scale, and divides by their quotient; for the other kinds ``divides`` equals ``stored``
         divides, stored, used = float_scales(weight, spec, mask, whole)
@@ -86,6 +94,8 @@ def decode(encoded: Encoded, spec: QuantSpec) -> Tensor:
     """fp32 [out, in]: the values that ``encode`` stored under the same spec."""
     if spec.kind == "int":
         return dequantize(encoded.codes, encoded.scales, encoded.zeros)
+    if encoded.sub is not None:
+        return decoded(encoded.codes, encoded.scales, encoded.sub)
     # the quotient by which ``encode`` divided (``float_reference.scales``)
     scales = encoded.scales if encoded.global_scale is None else encoded.scales / encoded.global_scale
     return dequantize(float_values(encoded.codes, spec.kind), scales)

@@ -32,7 +32,7 @@ def _arguments(
         raise ValueError(
             f"zeros must be int8 of shape {shape} on {weight.device}; got {zeros.dtype} of shape {tuple(zeros.shape)} on {zeros.device}"
         )
-    return mask, zeros, spec.bits, spec.group_width(weight.shape[1]), grid_numbers(spec)
+    return mask, zeros, spec.code_bits, spec.group_width(weight.shape[1]), grid_numbers(spec)
 
 
 def group_factor(weight: Tensor, scale: Tensor, spec: QuantSpec) -> float:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .absmax_reference import GRID_DTYPES
+from .absmax_reference import GRID_DTYPES, code_limits
 
 Limits = tuple[float, float] | tuple[Tensor, Tensor]
 
@@ -37,7 +37,7 @@ def on_grid(scale: Tensor, grid: list[float]) -> Tensor:
 
 def _limits(zeros: Tensor | None, bits: int, dtype: torch.dtype) -> Limits:
     """(qmin - z, qmax - z): floats, or [groups, 1] with zero points."""
-    qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    qmin, qmax = code_limits(bits)
     if zeros is None:
         return float(qmin), float(qmax)
     # [out, groups] -> [out * groups, 1], the rows of ``_divided``

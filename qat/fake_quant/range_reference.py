@@ -16,7 +16,7 @@ that s is rounded to its grid before z and the codes are computed.
 import torch
 from torch import Tensor
 
-from .absmax_reference import group_scales
+from .absmax_reference import code_limits, group_scales
 
 
 def grid_of_range(
@@ -29,7 +29,7 @@ def grid_of_range(
         return scale.to(torch.float32), torch.zeros_like(scale, dtype=torch.int8)
     # clamped, because the difference of two finite numbers may overflow
     scale = group_scales((high - low).clamp(max=torch.finfo(high.dtype).max), *numbers)
-    qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    qmin, qmax = code_limits(bits)
     # from the scale on its grid, which is the one that is stored
     zeros = (qmin - low / scale).clamp_(qmin, qmax).round_().nan_to_num_(0.0)
     # NaN where low or high is not finite; as they differ in sign, the sum of finite ones cannot overflow

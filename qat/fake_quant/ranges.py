@@ -17,7 +17,7 @@ def range_grid(weight: Tensor, spec: QuantSpec, mask: Tensor | None, backend: st
     check_weight(weight, mask)
     shared = spec.group_size == "tensor"
     width = spec.group_width(weight.shape[1])
-    arguments = (mask, spec.bits, width, shared, spec.symmetric, spec.divisor_value, grid_numbers(spec))
+    arguments = (mask, spec.code_bits, width, shared, spec.symmetric, spec.divisor_value, grid_numbers(spec))
     # the kernel has no symmetric form for groups (``absmax_kernel.py`` finds those scales itself): the reference gives them on a GPU too
     if use_kernel(weight, backend) and (shared or not spec.symmetric):
         from ..fake_quant import range_kernel

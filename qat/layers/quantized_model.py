@@ -22,12 +22,12 @@ from ...models.ties import is_tied
 from ..codes.state import QuantState
 from ..fake_quant import Encoded, encode
 from ..fake_quant.floats import shared_global_scale
-from ..scheme import QuantScheme, SpecChange
+from ..scheme import QuantScheme
 from ..spec import QuantSpec
 from .codes_linear import CodesLinear
 from .quant_linear import Extras, QuantEmbedding, RoundedWeight, TiedHead
 from .quant_linear import QuantLinear as QuantLinear
-from .targets import targets
+from .targets import specs_of_ends, targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,7 +56,7 @@ def prepare(model: "PreTrainedModel", spec: QuantSpec | QuantScheme, skip: Seque
         if isinstance(target.module, nn.Embedding) and type(target.module) is not nn.Embedding:
             raise UserError(
                 f"embedding: {name} is a {type(target.module).__name__}, which does more than look rows up, so it cannot be trained "
-                "quantized; leave 'embedding' out, or quantize it without training (stage 'quantize')"
+                "quantized; leave 'embedding' out (with a mix: add it to skip), or quantize it without training (stage 'quantize')"
             )
         if extras is not None and extras.rank > min(target.module.weight.shape):
             rows, columns = target.module.weight.shape
@@ -156,22 +156,19 @@ def _check_prepared(model: "PreTrainedModel", prepared: Mapping[str, "_Prepared"
     # the decoder's linears, each as what it was replaced by
     inside = {name: prepared.get(name, module) for name, module in _linears(model).items()}
     try:
-        wanted = scheme.of_linears(inside if asked else [name for name in inside if name in prepared])
+        shapes = {name: shape for name, module in inside.items() if (asked or name in prepared) and (shape := _shape(module))}
+        wanted = scheme.of_linears(shapes)
     except ValueError as error:
         raise UserError(str(error)) from None
-    outer = {module: change for module, change in _embedding_and_head(model, scheme) if change is not None}
+    ends: dict[str, Any] = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    outer = {ends[key]: own for key, own in specs_of_ends(model, scheme).items()}
     # embedding and head, which are outside the decoder layers
     held = {name: module for name, module in prepared.items() if name not in inside}
     if asked and (set(wanted) != set(prepared) - set(held) or set(held.values()) != set(outer)):
         raise UserError(f"the model was prepared with other modules than skip={list(scheme.skip)} leaves; use the same patterns, or none.")
-    other = any(module.spec != change.applied(scheme.weights) for module, change in outer.items())
+    other = any(module.spec != own for module, own in outer.items())
     if (asked and other) or any(prepared[name].spec != spec for name, spec in wanted.items()):
         raise UserError(f"the model was prepared with another spec than {scheme.weights}; quantize it with the spec it was trained with.")
-
-
-def _embedding_and_head(model: "PreTrainedModel", scheme: QuantScheme) -> list[tuple[Any, SpecChange | None]]:
-    """Embedding and head, each with its change in the scheme."""
-    return [(model.get_input_embeddings(), scheme.embedding), (model.get_output_embeddings(), scheme.head)]
 
 
 @torch.no_grad()
@@ -211,11 +208,14 @@ def fold(model: "PreTrainedModel", state: QuantState) -> None:
             _fold_embedding(model, name, module, state.dequantized(name), tied)
 
 
-def _shape(module: nn.Module | None) -> tuple[int, ...] | None:
+def _shape(module: nn.Module | None) -> tuple[int, int] | None:
     """[out, in] of a layer that can be folded; None for all other modules."""
     if isinstance(module, CodesLinear):
         return module.out_features, module.in_features
-    return tuple(module.weight.shape) if isinstance(module, nn.Linear | nn.Embedding) else None
+    if not isinstance(module, nn.Linear | nn.Embedding):
+        return None
+    rows, columns = module.weight.shape
+    return rows, columns
 
 
 def _fold_embedding(model: "PreTrainedModel", name: str, embedding: Any, table: Tensor, tied: bool) -> None:

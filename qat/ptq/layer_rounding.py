@@ -1,6 +1,7 @@
 """Rounds the modules of one decoder layer after the other, and embedding and head before them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from ...models.calibration.replay import Replay
 from ...models.calibration.running_order import calibrated_inputs
 from ...models.common.errors import UserError
 from ...models.fused_linears import joined
-from ..codes.state import QuantState
+from ..codes.state import QuantState, stored_sub_scales
 from ..fake_quant import Encoded
 from ..layers.quantized_model import fold
 from ..spec import QuantSpec
@@ -32,9 +33,10 @@ class Walk:
 
     def __init__(
         self, model: "PreTrainedModel", specs: Mapping[str, QuantSpec], rounding: RoundingMethod, sparse: frozenset[str], shelf: Shelf,
-        replay: Replay | None, others: torch.dtype | None, advance: Advance,
+        replay: Replay | None, others: torch.dtype | None, advance: Advance, importance: Mapping[str, Tensor],
         transform: LayerTransform | None = None,
     ) -> None:  # fmt: skip
+        self.importance = importance
         self.model, self.specs, self.rounding, self.sparse, self.shelf = model, specs, rounding, sparse, shelf
         self.replay, self.others, self._report = replay, others, advance
         self._transform, self._reported = transform, 0
@@ -150,7 +152,11 @@ class Walk:
         if not self.sparse.isdisjoint(names):
             # only where zeros are a mask: elsewhere a zero weight may round to another code
             mask = torch.cat([(own != 0).logical_or_(torch.tensor(name not in self.sparse)) for name, own in zip(names, weights)])
-        stack = Stack(weight=weight, mask=mask, moments=None if shared is None else shared.moments)
+        moments = None if shared is None else shared.moments
+        # given mean squares take the place of measured ones; modules that are rounded together have the same input
+        if moments is None and names[0] in self.importance:
+            moments, rounding = self.importance[names[0]].to(weight.device), replace(rounding, weighted=True)
+        stack = Stack(weight=weight, mask=mask, moments=moments)
         result = METHODS[rounding.method].round(stack, spec, rounding)
         if result.note:
             self.notes.append(f"{', '.join(names)}: {result.note}")
@@ -173,7 +179,8 @@ class Walk:
 def _stored(tensors: Mapping[str, Tensor], module: str) -> Encoded:
     """Codes and scales of a module from the tensors of ``QuantState.tensors``."""
     codes, scales = tensors[f"{module}.codes"], tensors[f"{module}.scale"]
-    return Encoded(codes, scales, tensors.get(f"{module}.zero_point"), tensors.get(f"{module}.global_scale"))
+    zeros, whole = tensors.get(f"{module}.zero_point"), tensors.get(f"{module}.global_scale")
+    return Encoded(codes, scales, zeros, whole, stored_sub_scales(tensors, module))
 
 
 def take_values(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:

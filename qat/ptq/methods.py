@@ -12,6 +12,8 @@ from ...models.calibration.factor import factorize
 from ..fake_quant import Encoded, decode, encode, quantize_with
 from ..fake_quant.floats import float_codes, float_scales
 from ..fake_quant.ranges import range_grid
+from ..fake_quant.super_blocks import super_codes_with
+from ..fake_quant.super_reference import SubScales, kept_weights, scales_of_weight
 from ..rounding_method import NEEDS, Needs, RoundingMethod
 from ..rounding_method import MethodName as MethodName
 from ..rounding_method import ScaleChoice as ScaleChoice
@@ -20,6 +22,8 @@ from .float_scales import FloatScales, searched_floats
 from .gptq import gptq_codes
 from .mse import FACTORS, FITTED_FACTORS, SearchedScales, searched_grid
 from .scale_fit import fitted_codes
+from .super_gptq import fitted_super_codes, super_gptq_pass
+from .super_search import SuperScales, searched_super
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,20 +56,23 @@ class Rounded:
     """int8 in the shape of ``scales``; None for a symmetric spec."""
     global_scale: Tensor | None = None
     """fp32 [1], only for nvfp4."""
+    sub: SubScales | None = None
+    """Only for kinds with super-blocks."""
     note: str | None = None
     """What differs from the settings, printed after the modules' names; None if nothing does."""
 
     @property
     def encoded(self) -> Encoded:
         """Codes, scales and zero points without the note."""
-        return Encoded(self.codes, self.scales, self.zeros, self.global_scale)
+        return Encoded(self.codes, self.scales, self.zeros, self.global_scale, self.sub)
 
     def rows(self, rows: slice) -> Encoded:
         """``encoded`` of some rows. A stack with one scale in total is one linear, so it is returned whole."""
         # [1, 1] scales
         if len(self.scales) != len(self.codes):
             return self.encoded
-        return Encoded(self.codes[rows], self.scales[rows], None if self.zeros is None else self.zeros[rows], self.global_scale)
+        zeros, sub = None if self.zeros is None else self.zeros[rows], self.sub and self.sub.rows(rows)
+        return Encoded(self.codes[rows], self.scales[rows], zeros, self.global_scale, sub)
 
     def values(self, spec: QuantSpec) -> Tensor:
         """fp32 [out, in]: the decoded weights."""
@@ -82,12 +89,14 @@ class Method:
 
 def round_to_nearest(stack: Stack, spec: QuantSpec, rounding: RoundingMethod | None = None) -> Rounded:
     """Rounds to nearest with scales from the largest magnitude or the range, as ``fake_quant`` does, for every kind."""
-    codes, scales, zeros, whole = encode(stack.weight, spec, mask=stack.mask)
-    return Rounded(codes=codes, scales=scales, zeros=zeros, global_scale=whole)
+    codes, scales, zeros, whole, sub = encode(stack.weight, spec, mask=stack.mask)
+    return Rounded(codes=codes, scales=scales, zeros=zeros, global_scale=whole, sub=sub)
 
 
 def _searched(stack: Stack, spec: QuantSpec, rounding: RoundingMethod) -> Rounded:
     importance = stack.importance if rounding.weighted else None
+    if spec.super_block:
+        return _super_nearest(stack, searched_super(stack.weight, spec.kind, stack.mask, importance), spec)
     if spec.kind != "int":
         scales = searched_floats(stack.weight, spec, stack.mask, importance)
         return _of_floats(float_codes(stack.weight, scales.divides, spec, stack.mask), scales)
@@ -95,6 +104,8 @@ def _searched(stack: Stack, spec: QuantSpec, rounding: RoundingMethod) -> Rounde
 
 
 def _gptq(stack: Stack, spec: QuantSpec, rounding: RoundingMethod) -> Rounded:
+    if spec.super_block:
+        return _super_gptq(stack, spec, rounding)
     assert stack.moments is not None
     if spec.kind != "int":
         return _gptq_floats(stack, spec, rounding)
@@ -116,6 +127,27 @@ def _gptq(stack: Stack, spec: QuantSpec, rounding: RoundingMethod) -> Rounded:
     else:
         codes = gptq_codes(stack.weight, scales, factor, spec, stack.mask, zeros)
     return Rounded(codes=codes, scales=scales, zeros=zeros, note=note)
+
+
+def _super_gptq(stack: Stack, spec: QuantSpec, rounding: RoundingMethod) -> Rounded:
+    assert stack.moments is not None
+    if rounding.scale == "absmax":
+        found = SuperScales(*scales_of_weight(kept_weights(stack.weight, stack.mask), spec.kind))
+    else:
+        found = searched_super(stack.weight, spec.kind, stack.mask, stack.importance)
+    factor = factorize(stack.moments, rounding.damping, rounding.activation_order)
+    if factor is None:
+        return _super_nearest(stack, found, spec, note=_NO_FACTOR)
+    if rounding.scale == "fitted":
+        codes, found = fitted_super_codes(stack.weight, found, stack.moments, factor, spec.kind, stack.mask)
+    else:
+        codes = super_gptq_pass(stack.weight, found, factor, spec.kind, stack.mask).codes
+    return Rounded(codes=codes, scales=found.scales, sub=found.sub, note=_raised(factor.damping, rounding))
+
+
+def _super_nearest(stack: Stack, found: SuperScales, spec: QuantSpec, note: str | None = None) -> Rounded:
+    codes = super_codes_with(kept_weights(stack.weight, stack.mask), found.scales, found.sub, spec)
+    return Rounded(codes=codes, scales=found.scales, sub=found.sub, note=note)
 
 
 def _to_nearest(stack: Stack, grid: SearchedScales, spec: QuantSpec, note: str | None = None) -> Rounded:

@@ -91,7 +91,7 @@ def _search(
 
 def _candidates(low: Tensor, high: Tensor, spec: QuantSpec, factors: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the (scales, zero points) to try, those of the whole range first."""
-    numbers = (spec.bits, spec.symmetric, spec.divisor_value, grid_numbers(spec))
+    numbers = (spec.code_bits, spec.symmetric, spec.divisor_value, grid_numbers(spec))
     # the whole range first: a candidate must be strictly better to replace it, so it wins ties
     for factor in (1.0, *factors):
         scales, zeros = grid_of_range(low * factor, high * factor, *numbers)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...models.calibration.calibration_text import CalibrationText
 from ...models.calibration.error_report import KindError
@@ -21,7 +21,7 @@ from ...models.common.errors import UserError
 from ...models.families import decoder_layers, decoder_linears
 from ...models.folder.weights import WeightFiles
 from ..codes.state import QuantState
-from ..layers.targets import Target, targets
+from ..layers.targets import Target, check_zeros_held, targets
 from ..scheme import QuantScheme
 from ..spec import QuantSpec
 from ..transforms.table import open_transform
@@ -67,6 +67,7 @@ def round_model(
     work: Path | None = None,
     device: torch.device | str = "cpu",
     others: torch.dtype | None = None,
+    importance: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     advance: Advance = lambda done: None,
 ) -> RoundedModel:
@@ -85,12 +86,14 @@ def round_model(
         work: With ``files``: an existing folder for the rounded layers, 5 bytes per weight; model and codes are views of its files.
         device: Device of the work, one layer at a time. At the end the model is on the CPU.
         others: Dtype in which unquantized parameters will be stored: they are rounded to its values (and stay fp32) before the model runs.
+        importance: Method mse: the mean square of each input, fp32 [in], by module name; it weights the errors without a text.
         seed: Seed of a random transform.
         advance: Called with the work that is done, in the units of ``amount_of_work``.
 
     Raises:
-        UserError: as in ``qat.layers.quantized_model.prepare``; weights are NaN or infinite; text is missing or empty; the inputs of a
-            linear cannot be calibrated; as in ``qat.transforms.table.open_transform``; as in ``qat.layers.kv_cache_hooks.round_cache``.
+        UserError: as in ``qat.layers.quantized_model.prepare``; a module of ``sparse`` has a kind that does not hold 0; weights are NaN or
+            infinite; text is missing or empty; the inputs of a linear cannot be calibrated; as in
+            ``qat.transforms.table.open_transform``; as in ``qat.layers.kv_cache_hooks.round_cache``.
         NonFiniteError: inputs of a linear are NaN or infinite.
     """
     # 1. what is rounded, and checks, before anything is changed
@@ -98,6 +101,7 @@ def round_model(
     scheme = QuantScheme.of(spec, skip)
     chosen = targets(model, scheme)
     specs = {name: target.spec for name, target in chosen.items()}
+    check_zeros_held(specs, sparse)
     names, outer = _names(chosen, layers or [model], model)
     # it refers to the modules, and so to the unrounded weights, which are freed layer by layer
     del chosen
@@ -122,7 +126,7 @@ def round_model(
     replay = Replay(model, layers, text.batches, device, REMEDIES) if rounding.calibrates and text is not None else None
     training = model.training
     model.eval()
-    walk = Walk(model, specs, rounding, frozenset(sparse), shelf, replay, others, advance, transform)
+    walk = Walk(model, specs, rounding, frozenset(sparse), shelf, replay, others, advance, importance or {}, transform)
     try:
         # first, because the first layer must see the rounded embedding
         for name in outer:

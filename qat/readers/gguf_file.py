@@ -17,6 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...models.common.errors import UserError
+from .gguf_mxfp4 import decode_mxfp4
+from .gguf_super_blocks import SUPER_TYPES, decode_super_blocks
+from .gguf_ternary import TERNARY_TYPES, ternary_fields
 from .tensors import Decoded
 
 MAX_HEADER_BYTES = 1 << 28
@@ -30,7 +33,8 @@ _STRING, _ARRAY = 8, 9
 # ggml type: (name, elements of a block, bytes of a block)
 _TYPES = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34), 30: ("BF16", 1, 2), 42: ("Q2_0", 64, 18),
+    8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17), 42: ("Q2_0", 64, 18),
 }  # fmt: skip
 _WITH_MINIMUM = ("Q4_1", "Q5_1")
 _REMEDY = "the file is damaged or not GGUF; fetch or export it again"
@@ -42,7 +46,7 @@ class GgufTensor:
 
     name: str
     type: str
-    """F32, F16, BF16, Q2_0, Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0."""
+    """F32, F16, BF16, Q2_0, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, TQ1_0, TQ2_0 or MXFP4."""
     shape: tuple[int, ...]
     """Row-major: the last dimension is contiguous."""
     begin: int
@@ -61,24 +65,38 @@ class GgufFile:
     """Tensors by name, in the order of the table."""
 
     def decode(self, name: str) -> Decoded:
-        """Decodes a tensor of blocks; scales are [out, in / 32], or [out, in / 64] for Q2_0.
+        """Decodes a tensor of blocks; scales are [out, in / 32], or [out, in / 64] for Q2_0, [out, in / 256] for TQ1_0 and TQ2_0.
 
         Codes of Q4_1 and Q5_1 are shifted like those of Q4_0 and Q5_0, and their minimums are left out. Codes of Q2_0 are -1 to 2.
+        The "scales" of Q2_K to Q6_K are all numbers of the blocks but their codes. Codes of MXFP4 are twice the floats.
 
         Raises:
             UserError: a scale or value is not finite, or a scale is zero although the block's codes are not.
         """
         tensor = self.tensors[name]
         blocks = self._blocks(tensor)
-        scales = self._halves(tensor, blocks, 0)
+        if tensor.type in SUPER_TYPES:
+            values, codes, numbers = decode_super_blocks(tensor.type, blocks)
+            # NaN and infinite scales show in the values: a code that is multiplied with one gives NaN or infinity
+            self._check_finite(name, values)
+            return Decoded(values.reshape(tensor.shape), codes.reshape(tensor.shape), numbers.reshape(*tensor.shape[:-1], -1))
+        if tensor.type == "MXFP4":
+            codes, scales = decode_mxfp4(blocks)
+            # the exponent 255 is NaN, as are the values
+            values = codes.astype(np.float32) * scales
+            self._check_finite(name, values)
+            return Decoded(values.reshape(tensor.shape), codes.reshape(tensor.shape), scales.reshape(*tensor.shape[:-1], -1))
         if tensor.type in _WITH_MINIMUM:
             # two fp16, d and m, come first
+            scales = self._halves(tensor, blocks, 0)
             fields = _fields(tensor.type, blocks[:, 4:])
             codes = fields - _MIDDLES[tensor.type]
             values = fields.astype(np.float32) * scales + self._halves(tensor, blocks, 2)
         else:
-            # one fp16, d, comes first
-            packed = blocks[:, 2:]
+            # one fp16, d, comes first, but last in ternary blocks
+            last = tensor.type in TERNARY_TYPES
+            scales = self._halves(tensor, blocks, blocks.shape[1] - 2 if last else 0)
+            packed = blocks[:, :-2] if last else blocks[:, 2:]
             codes = packed.view(np.int8) if tensor.type == "Q8_0" else _fields(tensor.type, packed) - _MIDDLES[tensor.type]
             if (codes[scales[:, 0] == 0] != 0).any():
                 raise UserError(f"{self.path}: {name} has a block with scale 0 whose codes are not; {_REMEDY}")
@@ -127,12 +145,22 @@ class GgufFile:
         return raw.view("<f4" if tensor.type == "F32" else "<f2").astype(np.float32)
 
 
-_MIDDLES = {"Q2_0": np.int8(1), "Q4_0": np.int8(8), "Q4_1": np.int8(8), "Q5_0": np.int8(16), "Q5_1": np.int8(16)}
+_MIDDLES = {
+    "TQ1_0": np.int8(1),
+    "TQ2_0": np.int8(1),
+    "Q2_0": np.int8(1),
+    "Q4_0": np.int8(8),
+    "Q4_1": np.int8(8),
+    "Q5_0": np.int8(16),
+    "Q5_1": np.int8(16),
+}
 """The stored value that means zero, in blocks without a minimum."""
 
 
 def _fields(form: str, packed: NDArray[np.uint8]) -> NDArray[np.int8]:
     """Unpacks the packed bytes [blocks, bytes] of each block into one unsigned number per weight."""
+    if form in TERNARY_TYPES:
+        return ternary_fields(form, packed)
     if form == "Q2_0":  # four to a byte, the first lowest
         return (
             np.stack([packed >> np.uint8(shift) & np.uint8(3) for shift in (0, 2, 4, 6)], axis=2).reshape(len(packed), -1).astype(np.int8)

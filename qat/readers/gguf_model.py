@@ -48,7 +48,7 @@ _TABLES = {
     "gemma3": (_OUTER, _GEMMA_TWO, "model.layers"),
     "gpt2": (_OUTER_GPT2, _GPT2, "transformer.h"),
 }
-_PACKED = ("Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+_PACKED = ("Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0", "MXFP4")
 
 
 def find_gguf(path: Path) -> Path | None:

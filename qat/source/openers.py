@@ -60,6 +60,7 @@ OPENERS: dict[str, Callable[[Path, Load], ExportSource]] = {
     "safetensors-f32": open_wide_folder,
     "gguf": _open_codes,
     "gguf-q2_0": _open_codes,
+    "gguf-tq1_0": _open_codes,
     **{name: partial(_open_plain, dtype=dtype) for name, dtype in PLAIN_GGUF.items()},
 }
 """Format -> opener; every other format takes a quantized folder."""

@@ -40,6 +40,7 @@ def test_a_number_of_bits_stays_a_plain_spec_with_the_keys_of_before() -> None:
         "symmetric",
         "divisor",
         "scale_grid",
+        "ternary",
     }
 
 

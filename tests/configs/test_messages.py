@@ -319,8 +319,8 @@ BROKEN = {
     ),
     "unknown export format": (
         HEAD + "stages:\n  - quantize\n  - export: {formats: [guff]}\n",
-        "my.yaml:6: stages.1.export.formats.0: must be 'compressed-tensors', 'gguf', 'gguf-q2_0', 'gptq', 'gptq_v2', 'awq', "
-        "'bitsandbytes', 'safetensors' or 'safetensors-f32'; got 'guff', did you mean 'gguf'?",
+        "my.yaml:6: stages.1.export.formats.0: must be 'compressed-tensors', 'gguf', 'gguf-q2_0', 'gguf-tq1_0', 'gptq', 'gptq_v2', "
+        "'awq', 'bitsandbytes', 'safetensors' or 'safetensors-f32'; got 'guff', did you mean 'gguf'?",
     ),
     "no text left to train on": (
         HEAD.replace("seq_length: 256", "eval_tokens: all") + STAGES,

@@ -7,6 +7,7 @@ from decoct.qat.spec import QuantSpec
 
 BASE = QuantSpec(bits=4, group_size=32)
 NAMES = [f"model.layers.{layer}.{name}" for layer in range(2) for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
+SHAPES = dict.fromkeys(NAMES, (64, 64))
 
 
 def test_patterns_change_what_they_match_and_skip_wins() -> None:
@@ -15,7 +16,7 @@ def test_patterns_change_what_they_match_and_skip_wins() -> None:
         skip=("*.0.mlp.*",),
         overrides={"*.down_proj": SpecChange(bits=8), "*.1.self_attn.*": SpecChange(group_size="channel", symmetric=False)},
     )
-    found = scheme.of_linears(NAMES)
+    found = scheme.of_linears(SHAPES)
     assert found == {
         "model.layers.0.self_attn.q_proj": BASE,
         "model.layers.1.self_attn.q_proj": QuantSpec(bits=4, group_size="channel", symmetric=False),
@@ -28,7 +29,7 @@ def test_patterns_change_what_they_match_and_skip_wins() -> None:
 def test_the_order_of_patterns_plays_no_part() -> None:
     changes = {"*.down_proj": SpecChange(bits=8), "*.1.*.down_proj": SpecChange(bits=8), "*.up_proj": SpecChange(bits=3)}
     forward, backward = (QuantScheme(weights=BASE, overrides=dict(items)) for items in (changes.items(), reversed(changes.items())))
-    assert forward.of_linears(NAMES) == backward.of_linears(NAMES)
+    assert forward.of_linears(SHAPES) == backward.of_linears(SHAPES)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def test_the_order_of_patterns_plays_no_part() -> None:
 )
 def test_patterns_that_do_nothing_or_disagree_are_errors(overrides: dict[str, SpecChange], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        QuantScheme(weights=BASE, skip=("*.0.mlp.*",), overrides=overrides).of_linears(NAMES)
+        QuantScheme(weights=BASE, skip=("*.0.mlp.*",), overrides=overrides).of_linears(SHAPES)
 
 
 def test_changes_that_do_not_go_together_name_their_key() -> None:

@@ -15,7 +15,9 @@ from decoct.qat.export.export import export_folder
 from decoct.qat.readers.gguf_model import GgufModel
 from decoct.qat.runtimes.llama_cpp_check import check_llama_cpp, run_llama_cpp
 from decoct.qat.runtimes.llama_cpp_process import Server
+from decoct.qat.scheme import QuantScheme
 from decoct.qat.spec import QuantSpec
+from decoct.qat.super_blocks import SUPER_BLOCKS
 from decoct.qat.verify.verify import verify_folder
 
 pytestmark = pytest.mark.serving
@@ -45,6 +47,29 @@ def test_narrow_blocks_predict_what_was_trained(
     assert {GgufModel(folder).scheme[f"{module}.weight"] for module in GgufModel(folder).modules} == stored
     seen = check_llama_cpp(folder, known_text)
     print(stored, spec.group_size, seen)
+    assert seen["status"] == "agrees", seen
+    assert verify_folder(folder, source=source, runtimes=False).ok
+
+
+@pytest.mark.parametrize(
+    ("form", "scheme", "stored"),
+    [
+        *(("gguf", QuantScheme(weights=QuantSpec(kind=kind)), {kind.upper()}) for kind in SUPER_BLOCKS),  # pyright: ignore[reportArgumentType]
+        ("gguf", QuantScheme(weights=QuantSpec(kind="q4_k"), mix="q4_k_m"), {"Q4_K", "Q6_K"}),
+        ("gguf", QuantScheme(weights=QuantSpec(kind="mxfp4", group_size=32)), {"MXFP4"}),
+        ("gguf", QuantScheme(weights=QuantSpec(ternary=True, group_size=256, divisor="full_range")), {"TQ2_0"}),
+        ("gguf-tq1_0", QuantScheme(weights=QuantSpec(ternary=True, group_size=256, divisor="full_range")), {"TQ1_0"}),
+    ],
+    ids=[*SUPER_BLOCKS, "q4_k_m", "mxfp4", "TQ2_0", "TQ1_0"],
+)
+def test_blocks_of_256_and_floats_predict_what_was_trained(
+    quantized_folder: Build, known_text: Tensor, form: str, scheme: QuantScheme, stored: set[str]
+) -> None:
+    source = quantized_folder("llama", scheme, hidden_size=256, head_dim=64, steps=600)
+    folder = export_folder(source, source.parent / form, form, runtimes=False).path
+    assert {GgufModel(folder).scheme[f"{module}.weight"] for module in GgufModel(folder).modules} == stored
+    seen = check_llama_cpp(folder, known_text)
+    print(stored, seen)
     assert seen["status"] == "agrees", seen
     assert verify_folder(folder, source=source, runtimes=False).ok
 

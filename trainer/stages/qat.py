@@ -17,7 +17,7 @@ from ...qat.layers.input_hooks import round_inputs
 from ...qat.layers.kv_cache_hooks import round_cache
 from ...qat.layers.quant_linear import Extras, RoundedWeight
 from ...qat.layers.quantized_model import fold, hold_codes, prepare, quantize_model
-from ...qat.layers.targets import targets
+from ...qat.layers.targets import check_zeros_held, targets
 from ...qat.ptq import RoundingMethod, round_model
 from ..loop.qat_schedule import FirstGrid, QatSchedule
 from ..settings_quantization import QatSettings
@@ -104,6 +104,7 @@ def train(settings: QatSettings, context: StageContext) -> Trained:
     if settings.first != "gptq" and not settings.lora:
         tell_unlisted_zeros(context, student.model)
     extras = Extras(scale=settings.scales == "learned" or settings.freeze_scales > 0, rank=settings.lora or 0)
+    check_zeros_held({name: one.spec for name, one in targets(student.model, settings.scheme).items()}, input_zeros(context, student.model))
     # before the optimizer is built: scales and adapters become parameters of the student here
     modules = prepare(student.model, settings.scheme, extras=extras)
     _announce(settings, student, context)

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +13,13 @@ import torch
 from ...models.calibration.error_report import error_lines
 from ...models.capabilities import percent
 from ...models.common.errors import UserError
-from ...models.common.files import scratch_directory
+from ...models.common.files import scratch_directory, sha256_file
+from ...models.families import decoder_linears
 from ...models.folder.loading import load_config, load_model
 from ...models.folder.model_folder import save_model_folder
 from ...models.folder.streaming import can_stream, empty_model
 from ...qat.codes.state import QUANT_FILE, QuantState
+from ...qat.importance import importance_of
 from ...qat.layers.save_folder import STORED, round_unquantized
 from ...qat.layers.targets import targets
 from ...qat.ptq import CalibrationText, RoundedModel, amount_of_work, round_model
@@ -81,8 +84,11 @@ def _check_transform(settings: QuantizeSettings, context: StageContext) -> None:
 
 def rounding_record(settings: QuantizeSettings, text: CalibrationText | None, rounded: RoundedModel) -> dict[str, Any]:
     """The ``quant.rounding`` entry of decoct.json: how codes and scales were found, and the relative errors."""
-    names = ("method", "scale", "damping", "activation_order", "weighted")
+    names = ("mix", "method", "scale", "damping", "activation_order", "weighted")
     record: dict[str, Any] = {name: value for name in names if (value := getattr(settings, name)) is not None}
+    if settings.importance is not None:
+        file = Path(settings.importance)
+        record["importance"] = {"file": file.name, "sha256": sha256_file(file)}
     if rounded.transform:
         record["transform"] = rounded.transform
     if text is not None:
@@ -177,6 +183,7 @@ def round_and_tell(
             text=text,
             device=device,
             others=others,
+            importance=_importance(settings, source.model),
             seed=context.run.seed,
             advance=advance,
             **source.streaming,
@@ -185,7 +192,7 @@ def round_and_tell(
         context.say(f"  {line}")
     words = [scheme_words(map(rounded.state.spec_of, rounded.state.modules)), f"by {settings.method}", *beside_words(settings)]
     context.say("  " + ", ".join(words))
-    for line in error_lines(rounded.errors, rounding.needs != "nothing"):
+    for line in error_lines(rounded.errors, rounding.needs != "nothing" or settings.importance is not None):
         context.say(f"    {line}")
     if rounded.outliers and settings.activations is not None:
         shares = outlier_shares(rounded.outliers)
@@ -198,6 +205,15 @@ def round_and_tell(
     if len(rounded.notes) > _NOTES_TOLD:
         context.say(f"  and {len(rounded.notes) - _NOTES_TOLD} more notes in decoct.json (quant.rounding.notes)")
     return rounded
+
+
+def _importance(settings: QuantizeSettings, model: "PreTrainedModel") -> "dict[str, torch.Tensor]":
+    if settings.importance is None:
+        return {}
+    inputs = {name: linear.in_features for name, linear in decoder_linears(model).items()}
+    found = importance_of(settings.importance, model.config.model_type, inputs)
+    # a copy: torch does not take the read-only memory of a file
+    return {name: torch.from_numpy(values.copy()) for name, values in found.items()}
 
 
 def scheme_words(specs: Iterable[QuantSpec]) -> str:

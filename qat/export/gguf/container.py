@@ -39,7 +39,15 @@ class TensorType(IntEnum):
     Q5_0 = 6
     Q5_1 = 7
     Q8_0 = 8
+    Q2_K = 10
+    Q3_K = 11
+    Q4_K = 12
+    Q5_K = 13
+    Q6_K = 14
     BF16 = 30
+    TQ1_0 = 34
+    TQ2_0 = 35
+    MXFP4 = 39
     Q2_0 = 42
 
 
@@ -53,6 +61,14 @@ BLOCKS = {
     TensorType.Q5_1: (32, 24),
     TensorType.Q8_0: (32, 34),
     TensorType.Q2_0: (64, 18),
+    TensorType.MXFP4: (32, 17),
+    TensorType.TQ1_0: (256, 54),
+    TensorType.TQ2_0: (256, 66),
+    TensorType.Q2_K: (256, 84),
+    TensorType.Q3_K: (256, 110),
+    TensorType.Q4_K: (256, 144),
+    TensorType.Q5_K: (256, 176),
+    TensorType.Q6_K: (256, 210),
 }
 """Type -> (elements per block along the row, bytes per block)."""
 
@@ -64,10 +80,32 @@ FILE_TYPES = {
     TensorType.Q8_0: 7,
     TensorType.Q5_0: 8,
     TensorType.Q5_1: 9,
+    # llama.cpp's names of mixtures: Q2_K, Q3_K_S, Q4_K_S, Q5_K_S, Q6_K
+    TensorType.Q2_K: 10,
+    TensorType.Q3_K: 11,
+    TensorType.Q4_K: 14,
+    TensorType.Q5_K: 16,
+    TensorType.Q6_K: 18,
     TensorType.BF16: 32,
+    TensorType.TQ1_0: 36,
+    TensorType.TQ2_0: 37,
+    # llama.cpp has no other number for it than that of its mixture for experts
+    TensorType.MXFP4: 38,
     TensorType.Q2_0: 41,
 }
 """Type of most weights -> ``general.file_type``."""
+MIX_FILE_TYPES = {
+    "q2_k": 10,
+    "q3_k_s": 11,
+    "q3_k_m": 12,
+    "q3_k_l": 13,
+    "q4_k_s": 14,
+    "q4_k_m": 15,
+    "q5_k_s": 16,
+    "q5_k_m": 17,
+    "q6_k": 18,
+}
+"""Mixture (``qat/mixes.py``) -> ``general.file_type``."""
 
 
 @dataclass(frozen=True)

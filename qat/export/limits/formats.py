@@ -17,6 +17,7 @@ LIMITS: dict[str, Callable[[StoredModel], Iterable[Refusal]]] = {
     "safetensors-f32": plain.wide_limits,
     "gguf": gguf.limits,
     "gguf-q2_0": gguf.narrow_limits,
+    "gguf-tq1_0": gguf.ternary_limits,
     "gguf-f32": gguf.plain_limits,
     "gguf-f16": gguf.plain_limits,
     "gguf-bf16": gguf.plain_limits,

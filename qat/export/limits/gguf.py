@@ -1,5 +1,5 @@
-"""Limits of the GGUF formats: families that llama.cpp computes in the same way, integer codes in blocks of 32 (Q2_0: 64) with one fp16
-scale.
+"""Limits of the GGUF formats: families that llama.cpp computes in the same way, integer codes in blocks of 32 (Q2_0: 64, ternary: 256) with
+one fp16 scale, or in super-blocks of 256 (q2_k to q6_k, whose widths the spec checks), mxfp4.
 
 Source: ggml ``ggml-common.h``, ``ggml-quants.c``; llama.cpp ``llama-model.cpp``.
 """
@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from ....models.common.errors import UserError
-from ..gguf.blocks import ASYMMETRIC_BITS, BLOCK, WIDE_BLOCK, is_q2_0
+from ...super_blocks import SUPER_BLOCKS, WIDTH
+from ..gguf.blocks import ASYMMETRIC_BITS, BLOCK, WIDE_BLOCK, is_q2_0, is_ternary
 from ..gguf.metadata import model_metadata
 from ..gguf.names import architecture_of, gguf_place
 from .refusal import OtherFormat, Refusal, weights
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+GGUF_FLOATS = ("mxfp4",)
+GGUF_KINDS = (*SUPER_BLOCKS, *GGUF_FLOATS)
+"""Kinds that GGUF holds beside integers."""
+
+
 def limits(model: StoredModel) -> Iterator[Refusal]:
     """Yield what ``gguf`` cannot hold exactly."""
     yield from plain_limits(model)
@@ -27,7 +33,7 @@ def limits(model: StoredModel) -> Iterator[Refusal]:
 
 def weight_limits(model: StoredModel) -> Iterator[Refusal]:
     """Yield what ``gguf`` cannot hold of the quantized weights, whatever the family."""
-    yield from packed(model, head=True, fused=False, embedding=True)
+    yield from packed(model, head=True, fused=False, embedding=True, super_blocks=True, floats=GGUF_FLOATS)
     yield from _blocks(model)
     yield from fp16_scales(model)
 
@@ -37,6 +43,14 @@ def narrow_limits(model: StoredModel) -> Iterator[Refusal]:
     # without such a block the file would be that of ``gguf``, which older llama.cpp reads too
     if model.modules and not any(is_q2_0(module.spec, module.columns) for module in model.modules):
         reason = f"is for symmetric weights of 2 bits in groups of a multiple of {WIDE_BLOCK}, and there are none"
+        yield Refusal(reason=reason, remedies=(OtherFormat("gguf"),))
+    yield from limits(model)
+
+
+def ternary_limits(model: StoredModel) -> Iterator[Refusal]:
+    """Yield what ``gguf-tq1_0`` cannot hold exactly; it also refuses models without a single TQ1_0 block."""
+    if model.modules and not any(is_ternary(module.spec, module.columns) for module in model.modules):
+        reason = f"is for ternary weights in groups of a multiple of {WIDTH}, and there are none"
         yield Refusal(reason=reason, remedies=(OtherFormat("gguf"),))
     yield from limits(model)
 

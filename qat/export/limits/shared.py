@@ -21,7 +21,7 @@ def integer_schemes(model: StoredModel) -> Iterator[tuple[QuantSpec, Modules]]:
 
 
 def packed(
-    model: StoredModel, *, head: bool, fused: bool = True, embedding: bool = False, floats: Sequence[str] = ()
+    model: StoredModel, *, head: bool, fused: bool = True, embedding: bool = False, super_blocks: bool = False, floats: Sequence[str] = ()
 ) -> Iterator[Refusal]:  # fmt: skip
     """Yield what no format of packed codes can hold.
 
@@ -30,22 +30,26 @@ def packed(
         head: Readers support a quantized head.
         fused: Readers fuse q, k, v into one matrix, and gate, up into another.
         embedding: Readers support a quantized embedding.
+        super_blocks: The format has super-blocks.
         floats: Kinds that the format holds beside integers.
     """
     # told first: all limits below are about modules
     if not model.modules:
         yield Refusal(reason="packs quantized linears, and the model has none", remedies=(OtherFormat("safetensors"),))
-    yield from kinds(model, floats)
+    yield from kinds(model, floats, super_blocks=super_blocks)
     yield from ends(model, head=head, embedding=embedding)
     if fused:
         yield from one_scheme(model, ("int", *floats))
 
 
-def kinds(model: StoredModel, floats: Sequence[str] = ()) -> Iterator[Refusal]:
-    """Yield schemes whose codes are neither integers nor among ``floats``."""
+def kinds(model: StoredModel, floats: Sequence[str] = (), *, super_blocks: bool = False) -> Iterator[Refusal]:
+    """Yield schemes whose codes are neither integers nor among ``floats``; with ``super_blocks``, those with sub-scales pass."""
     held = f"integer codes and the floats {listed(floats)}" if floats else "integer codes"
     for spec, modules in model.schemes():
-        if spec.kind == "int" or spec.kind in floats:
+        if spec.super_block and not super_blocks:
+            others = (OtherFormat("gguf"), weights(kind="int", group_size=128), OtherFormat("safetensors-f32"))
+            yield Refusal(reason=f"has no super-blocks, which kind={spec.kind} needs", remedies=others, modules=modules, spec=spec)
+        if spec.super_block or spec.kind == "int" or spec.kind in floats:
             continue
         ways: list[Remedy] = [weights(kind="int")]
         # the format of floats, or its kind that is nearest to 16 quantiles: 4 bits and the smallest groups

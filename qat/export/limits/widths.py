@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..gguf.blocks import symmetric_type
+from ..gguf.blocks import PREFERRED, symmetric_type
 from ..gguf.container import BLOCKS
 from . import gguf
 from .formats import LIMITS
@@ -14,7 +14,7 @@ from .stored_model import StoredModel
 if TYPE_CHECKING:
     from ...spec import ActivationSpec, QuantSpec
 
-_GGUF = ("gguf", "gguf-q2_0")
+_GGUF = ("gguf", *PREFERRED)
 _SIZE = 4096
 """Sides of the matrix that is asked about: a multiple of every block and word."""
 
@@ -46,5 +46,5 @@ def as_small_as(form: str, spec: "QuantSpec", wider: Sequence["QuantSpec"]) -> "
 
 
 def _block_bits(form: str, spec: "QuantSpec") -> float:
-    elements, size = BLOCKS[symmetric_type(spec, _SIZE, q2_0=form == "gguf-q2_0")]
+    elements, size = BLOCKS[symmetric_type(spec, _SIZE, PREFERRED.get(form))]
     return 8 * size / elements

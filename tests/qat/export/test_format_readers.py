@@ -19,7 +19,7 @@ def test_every_format_is_read_by_something(form: str) -> None:
 def test_the_table_speaks_of_known_formats_and_runtimes_alone() -> None:
     assert set(READERS) <= set(EXPORTERS)
     assert {runtime for readers in READERS.values() for runtime in readers} == set(RUNTIMES)
-    assert formats_for("llama.cpp") == ["gguf", "gguf-q2_0"]
+    assert formats_for("llama.cpp") == ["gguf", "gguf-q2_0", "gguf-tq1_0"]
     assert "gptq_v2" not in formats_for("ONNX Runtime")
     assert reading("awq", "llama.cpp") is None
 

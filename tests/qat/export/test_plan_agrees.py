@@ -32,6 +32,7 @@ FORMATS: tuple[str, ...] = get_args(get_args(get_type_hints(ExportSettings)["for
 FOUR, EIGHT = QuantSpec(bits=4, group_size=32), QuantSpec(bits=8, group_size="channel")
 FLOAT8 = QuantSpec(kind="fp8_e4m3", bits=8, group_size="channel")
 WIDE: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 64, "head_dim": 16, "intermediate_size": 64, "vocab_size": 320}
+BLOCKS: dict[str, Any] = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
 FP8 = ActivationSpec(kind="fp8_e4m3", scaling="static")
 
 
@@ -60,6 +61,12 @@ CASES = {
     "int8 by row": Case(f"compressed-tensors gptq gptq_v2 gguf {F32}", of(EIGHT)),
     "int8 by matrix": Case(f"compressed-tensors gptq gptq_v2 gguf {F32}", of(QuantSpec(bits=8, group_size="tensor"))),
     "int2 in groups of 64": Case(f"compressed-tensors gptq gptq_v2 gguf gguf-q2_0 safetensors {F32}", of(QuantSpec(bits=2, group_size=64))),
+    "ternary": Case(
+        f"compressed-tensors gptq gptq_v2 gguf gguf-q2_0 gguf-tq1_0 safetensors {F32}",
+        of(QuantSpec(ternary=True, group_size=256)),
+        changes=BLOCKS,
+    ),
+    "ternary in groups of 32": Case(f"compressed-tensors gptq gptq_v2 gguf safetensors {F32}", of(QuantSpec(ternary=True, group_size=32))),
     "int3": Case(f"gguf safetensors {F32}", of(QuantSpec(bits=3, group_size=32))),
     "int3, reader named": Case("compressed-tensors", of(QuantSpec(bits=3, group_size=32)), options={"reader_version": "0.18.0"}),
     "int3, old reader": Case("", of(QuantSpec(bits=3, group_size=32)), options={"reader_version": "0.17.1"}),
@@ -73,7 +80,7 @@ CASES = {
     "int8, rounding allowed": Case("safetensors", of(EIGHT), options={"allow_inexact": True}),
     "nf4": Case(F32, of(QuantSpec(kind="nf4", group_size=32))),
     "nf4 in groups of 64": Case(f"bitsandbytes {F32}", of(QuantSpec(kind="nf4", group_size=64))),
-    "mxfp4": Case(f"compressed-tensors safetensors {F32}", of(QuantSpec(kind="mxfp4", group_size=32))),
+    "mxfp4": Case(f"compressed-tensors gguf safetensors {F32}", of(QuantSpec(kind="mxfp4", group_size=32))),
     "nvfp4": Case(f"compressed-tensors {F32}", of(QuantSpec(kind="nvfp4", group_size=16))),
     "fp8 by row": Case(f"compressed-tensors {F32}", of(FLOAT8)),
     "fp8 by matrix": Case(f"compressed-tensors {F32}", of(replace(FLOAT8, group_size="tensor"))),
@@ -85,6 +92,14 @@ CASES = {
     "mxfp4, q apart": Case(
         F32,
         of(QuantSpec(kind="mxfp4", group_size=32), overrides={"*.q_proj": SpecChange(kind="fp8_e4m3", group_size="channel")}),
+    ),
+    "q4_k": Case(f"gguf {F32}", of(QuantSpec(kind="q4_k")), changes=BLOCKS),
+    "q6_k": Case(f"gguf {F32}", of(QuantSpec(kind="q6_k"), embedding=SpecChange(kind="q6_k")), changes=BLOCKS),
+    "a mixture": Case(
+        f"gguf {F32}", of(QuantSpec(kind="q4_k"), mix="q4_k_m"), changes=BLOCKS | {"num_hidden_layers": 3, "intermediate_size": 288}
+    ),
+    "q3_k and others": Case(
+        f"gguf {F32}", of(QuantSpec(kind="q3_k"), overrides={"*.v_proj": SpecChange(kind="int", bits=8, group_size=32)}), changes=BLOCKS
     ),
     "an odd FFN": Case(f"compressed-tensors safetensors {F32}", of(replace(FOUR, group_size="channel")), changes={"intermediate_size": 60}),
     "a narrow FFN": Case(

@@ -96,6 +96,13 @@ def test_ties_and_limits() -> None:
     check(torch.tensor([[-8.01, 1.0]]), QuantSpec(bits=4, group_size=2, divisor="full_range"))
 
 
+def test_ties_and_limits_of_ternary_codes() -> None:
+    weight = torch.arange(-48, 48).float().mul(0.125).view(3, 32)
+    assert set(quantize(weight, QuantSpec(ternary=True, group_size=16))[0].unique().tolist()) == {-1, 0, 1}
+    for divisor in ("half_range", "qmax", "full_range"):
+        check(weight, QuantSpec(ternary=True, group_size=16, divisor=divisor))
+
+
 def test_every_tie_of_the_scale_grid() -> None:
     # absmax halfway between neighbouring bf16 numbers, with even and odd lower neighbours (qmax at 2 bits divides by 1)
     bits = (torch.arange(0x3F00, 0x3F20, dtype=torch.int32) << 16) + 0x8000

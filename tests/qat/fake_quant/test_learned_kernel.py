@@ -88,6 +88,13 @@ def test_bits_groups_and_odd_sizes(poisoned: None, check: Check, bits: int, rows
     check(weight, scale, spec, torch.rand(rows, columns, generator=torch.Generator().manual_seed(1)) > 0.5)
 
 
+def test_ternary_codes(poisoned: None, check: Check) -> None:
+    weight, spec = some_weights(7, 96), QuantSpec(ternary=True, group_size=32)
+    scale = near(quantize(weight, spec)[1], 0.2, 0.8)
+    check(weight, scale, spec)
+    check(weight, scale, spec, torch.rand(7, 96, generator=torch.Generator().manual_seed(1)) > 0.5)
+
+
 @pytest.mark.parametrize("grid", ["bf16_fp16", "bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_grids_and_dtypes(poisoned: None, check: Check, grid: Any, dtype: torch.dtype) -> None:

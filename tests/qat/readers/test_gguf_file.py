@@ -141,7 +141,7 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "enormous": (file_of([], [table("a", (HUGE, HUGE), 0, 0)], b""), "impossible shape"),
     "outside": (file_of([], [table("a", (4,), 0, 1 << 40)], bytes(16)), "truncated: tensor 'a' ends at"),
     "wide": (file_of([], [table("a", (1 << 40,), 0, 0)], bytes(16)), "truncated: tensor 'a' ends at"),
-    "unknown type": (file_of([], [table("a", (32,), 12, 0)], bytes(144)), "ggml type 12; this reader knows F32"),
+    "unknown type": (file_of([], [table("a", (32,), 16, 0)], bytes(144)), "ggml type 16; this reader knows F32"),
     "half a block": (file_of([], [table("a", (33,), 2, 0)], bytes(36)), "not a multiple of 32"),
     "overlap": (file_of([], [table("a", (16,), 0, 0), table("b", (8,), 0, 32)], bytes(64)), "'b' overlaps tensor 'a'"),
     "hole": (file_of([], [table("a", (8,), 0, 0), table("b", (8,), 0, 64)], bytes(96)), "'b' leaves a hole behind tensor 'a'"),

@@ -78,6 +78,16 @@ def test_an_input_with_codes_of_the_same_scheme_keeps_them(make_context: Callabl
     assert all(torch.equal(first.scales[name], second.scales[name]) for name in first.modules)
 
 
+def test_annealed_bits_end_with_ternary_codes(make_context: Callable[..., StageContext]) -> None:
+    context = make_context("ternary", kind="qat")
+    settings = QatSettings(weights=QuantSpec(ternary=True, group_size=16), steps=4, anneal_from=4)
+    qat.start(settings, context)
+    qat.finish(settings, context, qat.train(settings, context))
+    state = load_quant_state(context.model)
+    assert state.spec == settings.weights
+    assert {code for codes in state.codes.values() for code in codes.unique().tolist()} == {-1, 0, 1}
+
+
 @pytest.mark.parametrize(
     "changes", [{"weights": QuantSpec(bits=4, group_size=16)}, {"skip": ("*.0.*",)}, {"activations": ActivationSpec()}]
 )
