@@ -92,7 +92,7 @@ class WeightSettings(QuantSpec):
     @property
     def given_widths(self) -> tuple[int, ...]:
         """``widths``, or their default, the smallest first."""
-        return tuple(sorted(self.widths or WIDTHS))
+        return tuple(sorted(WIDTHS if self.widths is None else self.widths))
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:

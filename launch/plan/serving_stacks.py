@@ -68,7 +68,8 @@ def _of_format(target: str, form: str, stored: StoredModel, cases: Sequence[Stor
         # plain weights have no codes that a kernel could refuse, and no groups that a cut could break
         served = [replace(case, spec=QuantSpec(group_size="channel")) for case in cases]
     else:
-        held = ("int", *(PACKED_FLOATS if form == "compressed-tensors" else GGUF_KINDS if form.startswith("gguf") else ()))
+        more = {"compressed-tensors": PACKED_FLOATS, "bitsandbytes": ("nf4",)}.get(form, GGUF_KINDS if form.startswith("gguf") else ())
+        held = ("int", *more)
         served = [case for case in cases if case.spec.kind in held]
     # several schemes may give the same finding, which is told once
     reasons = list(dict.fromkeys(finding for case in served for rule in rules(target, form) for finding in rule(case)))

@@ -44,6 +44,8 @@ class CardFacts:
     """Number of quantized linears."""
     unquantized: list[str]
     """Names of linears left in bf16."""
+    embedding: str = ""
+    """The embedding's quantization scheme in words; '' if it is not quantized."""
     parameters: int
     weight_bytes: int
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -105,7 +107,7 @@ class FormatCard:
     plain: str = "bf16"
     """Dtype of linears that are not quantized."""
     rest: str = "embeddings, norms and biases are bf16"
-    """Dtypes of the other tensors."""
+    """Dtypes of the other tensors; ``{embedding}`` stands for that of the embedding."""
     loading: Callable[[CardFacts], str] = _transformers_and_vllm
     """Returns the commands that load the export."""
     own_arithmetic: tuple[str, ...] = ()
@@ -188,7 +190,7 @@ def _weight_rows(facts: CardFacts, spec: QuantSpec, form: FormatCard) -> list[tu
     return [
         ("Weights", (mixed and f"{mixed} ({form.tag})") or _codes(spec, form)),
         *((name, text) for name, text in beside.items() if text),
-        ("Quantized", f"{facts.quantized} linear layers; {form.rest}{left}"),
+        ("Quantized", f"{facts.quantized} linear layers; {form.rest.format(embedding=facts.embedding or 'bf16')}{left}"),
     ]
 
 

@@ -275,18 +275,17 @@ def _checked_runtimes(folder: Path, tokens: "Tensor | None") -> dict[str, dict[s
 
 
 def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[str, Any]], rounding: CastError | None) -> CardFacts:
-    specs = map(source.state.spec_of, source.state.modules)
-    scheme = Counter(
-        f"{f'int{spec.bits}' if spec.kind == 'int' else spec.kind}, {spec.group_size}{'' if spec.symmetric else ', asymmetric'}"
-        for spec in specs
-    )
+    embedding = source.structure.embedding
+    linears = [name for name in source.state.modules if name != embedding]
+    scheme = Counter(source.state.spec_of(name).words() for name in linears)
     return CardFacts(
         # folders are often named after their format; the run's name was chosen by the user
         name=str(source.record.get("run") or name),
         base_model=source.record.get("base_model"),
         model_type=str(source.config.get("model_type", "unknown")),
         spec=source.state.spec if source.state.modules else None,
-        quantized=len(source.state.modules),
+        quantized=len(linears),
+        embedding=source.state.spec_of(embedding).words() if embedding in source.state.modules else "",
         unquantized=source.unquantized_linears,
         parameters=source.structure.parameters,
         weight_bytes=size,

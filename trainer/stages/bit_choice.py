@@ -76,9 +76,14 @@ def choice_of(settings: QatSettings | QuantizeSettings, context: StageContext) -
     file = context.folder / FILE
     if settings.auto is None or not file.is_file():
         return None
-    record: Record = json.loads(file.read_text(encoding="utf-8"))
-    # a stage whose settings have changed has another key, and chooses again
-    return record if record["key"] == context.key else None
+    try:
+        record: Record = json.loads(file.read_text(encoding="utf-8"))
+        # a stage whose settings have changed has another key, and chooses again
+        same = record["key"] == context.key and bool(record["modules"]) and bool(record["shapes"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        context.say(f"  {file.name} is damaged; widths are chosen again")
+        return None
+    return record if same else None
 
 
 def choice_facts(settings: QatSettings | QuantizeSettings, context: StageContext) -> Record:

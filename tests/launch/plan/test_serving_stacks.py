@@ -121,6 +121,12 @@ def test_what_no_format_holds_is_said() -> None:
     assert _of(_llama(), "llama.cpp", formats=("gguf",), other=embedding)[0] == "ok"
 
 
+def test_nf4_and_int8_inputs_load_where_bitsandbytes_is_read() -> None:
+    outcome, reason, _ = _of(_llama(), "transformers", formats=("bitsandbytes",), kind="nf4", group_size=64)
+    assert outcome == "ok" and reason
+    assert _of(_llama(), formats=("bitsandbytes",), kind="nf4", group_size=64)[0] == "no", "vLLM was not tried"
+
+
 def test_qwen2_has_no_head_dim_of_its_own_in_vllm() -> None:
     config = Qwen2Config(hidden_size=896, num_attention_heads=7, num_key_value_heads=1, intermediate_size=4864, num_hidden_layers=2)
     config.head_dim = 64

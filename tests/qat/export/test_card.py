@@ -69,6 +69,13 @@ def test_codes_and_scales_are_those_of_kind_and_format(spec: QuantSpec, form: Fo
     assert f"\n- {tag}\n" in card
 
 
+def test_a_quantized_embedding_is_no_linear_and_not_bf16() -> None:
+    card = card_text(dataclasses.replace(FACTS, embedding="q6_k", scheme={"q4_k": 6, "q6_k": 1}), GGUF_CARD)
+    assert "6 linears q4_k; 1 linears q6_k (gguf)" in card
+    assert "7 linear layers; embedding: q6_k; norms and biases are fp32" in card
+    assert "embedding: bf16; norms" in card_text(FACTS, GGUF_CARD)
+
+
 def test_card_claims_only_what_was_checked() -> None:
     assert "decoct verify` does that" in card_text(FACTS)
     agreed = card_text(dataclasses.replace(FACTS, runtimes={"transformers": AGREES}))

@@ -198,3 +198,13 @@ def test_rank_correlation_is_spearmans() -> None:
     a, b = np.array([0.1, 3.0, 2.0, 9.0]), np.array([1.0, 2.0, 30.0, 40.0])
     # ranks 0 2 1 3 and 0 1 2 3: 1 - 6 * 2 / (4 * 15)
     assert bit_choice.rank_correlation(a, b) == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("damage", ["garbage", "[]", '{"widths": 3}'])
+def test_widths_are_chosen_again_where_their_file_is_damaged(make_context: MakeContext, damage: str) -> None:
+    context = make_context("01-quantize")
+    settings = QuantizeSettings(weights=auto(4.0))
+    quantize.finish(settings, context, None)
+    (context.folder / bit_choice.FILE).write_text(damage)
+    assert bit_choice.choice_of(settings, context) is None
+    assert "bits.json is damaged; widths are chosen again" in said(context)
