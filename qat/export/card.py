@@ -15,7 +15,7 @@ from .format_readers import card_lines
 
 _FLOATS = {
     "fp8_e4m3": ("fp8", "fp8 (e4m3), one bf16 scale per output row (compressed-tensors, float-quantized)"),
-    "mxfp4": ("mxfp4", "mxfp4, one power of two per group of 32 inputs (compressed-tensors, mxfp4-pack-quantized)"),
+    "mxfp4": ("mxfp4", "mxfp4, one power of two per group of 32 inputs ({form})"),
     "nvfp4": ("nvfp4", "nvfp4, one fp8 scale per group of 16 inputs, one fp32 scale per matrix (compressed-tensors, nvfp4-pack-quantized)"),
 }
 """Kind of floats -> (the hub's tag, description)."""
@@ -139,9 +139,33 @@ def _header(facts: CardFacts, form: FormatCard) -> str:
     shown = shown_name(facts.base_model)
     # the hub resolves base_model to a page, so only a hub id may stand there
     base = [f"base_model: {shown}"] if shown and _HUB_ID.fullmatch(shown) else []
-    bits = [f"- {_FLOATS[facts.spec.kind][0] if facts.spec.kind in _FLOATS else f'int{facts.spec.bits}'}"] if facts.spec else []
+    bits = [f"- {_tag(facts.spec)}"] if facts.spec else []
     tags = ["- decoct", f"- {form.tag}", *bits, f"- {facts.model_type}"]
     return "\n".join(["---", f"library_name: {form.library}", "pipeline_tag: text-generation", *base, "tags:", *tags, "---", ""])
+
+
+def _tag(spec: QuantSpec) -> str:
+    if spec.kind in _FLOATS:
+        return _FLOATS[spec.kind][0]
+    if spec.kind != "int":
+        return spec.kind
+    return "ternary" if spec.ternary else f"int{spec.bits}"
+
+
+def _codes(spec: QuantSpec, form: FormatCard) -> str:
+    """Return the codes and scales of one quantization scheme in words."""
+    if spec.kind in _FLOATS:
+        return _FLOATS[spec.kind][1].format(form=f"{form.tag}, mxfp4-pack-quantized" if form.tag == "compressed-tensors" else form.tag)
+    if spec.super_block:
+        return f"{spec.kind.upper()}: super-blocks of 256 inputs, with integer scales of their blocks under fp16 numbers ({form.tag})"
+    # a scale for the whole matrix is repeated for each row
+    per = "output row" if isinstance(spec.group_size, str) else f"group of {spec.group_size} inputs"
+    scales = form.scales.format(per=per)
+    if spec.kind != "int":
+        return f"{spec.kind}, one {scales}"
+    if spec.ternary:
+        return f"ternary (-1, 0, 1), one fp16 scale per {per} ({form.tag})"
+    return f"int{spec.bits}, {'symmetric' if spec.symmetric else 'asymmetric'}, one {scales}"
 
 
 def _made_of(facts: CardFacts, form: FormatCard) -> str:
@@ -158,15 +182,11 @@ def _made_of(facts: CardFacts, form: FormatCard) -> str:
 
 
 def _weight_rows(facts: CardFacts, spec: QuantSpec, form: FormatCard) -> list[tuple[str, str]]:
-    # a scale for the whole matrix is repeated for each row
-    per = "output row" if isinstance(spec.group_size, str) else f"group of {spec.group_size} inputs"
-    kind = "symmetric" if spec.symmetric else "asymmetric"
     left = f"; in {form.plain}: {', '.join(facts.unquantized)}" if facts.unquantized else ""
-    codes = _FLOATS[spec.kind][1] if spec.kind in _FLOATS else f"int{spec.bits}, {kind}, one {form.scales.format(per=per)}"
     mixed = "; ".join(f"{count} linears {spec}" for spec, count in facts.scheme.items())
     beside = {"Inputs": facts.inputs, "Keys and values": facts.cache}
     return [
-        ("Weights", (mixed and f"{mixed} ({form.tag})") or codes),
+        ("Weights", (mixed and f"{mixed} ({form.tag})") or _codes(spec, form)),
         *((name, text) for name, text in beside.items() if text),
         ("Quantized", f"{facts.quantized} linear layers; {form.rest}{left}"),
     ]

@@ -102,7 +102,9 @@ class BitsandbytesFolder(WeightFolder):
 
     def scheme_of(self, module: str) -> StoredScheme:
         """Bits and block size."""
-        return StoredScheme(bits=4, group_size=self._packed[module].block) if self.nf4 else StoredScheme(bits=8, group_size=None)
+        if self.nf4:
+            return StoredScheme(bits=4, group_size=self._packed[module].block, kind="nf4")
+        return StoredScheme(bits=8, group_size=None)
 
     def unlisted(self, linears: tuple[str, ...]) -> list[str]:
         """Sentences about linears for which tensors and config disagree on whether they are packed."""

@@ -33,7 +33,7 @@ class StoredScheme:
     """Inputs per scale; None = one scale per row."""
     symmetric: bool = True
     kind: str = "int"
-    """Format of a code: int, or fp8_e4m3, mxfp4, nvfp4."""
+    """Format of a code: int, nf4, fp8_e4m3, mxfp4 or nvfp4."""
 
     def __str__(self) -> str:
         if self.kind != "int":

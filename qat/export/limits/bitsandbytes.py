@@ -4,10 +4,11 @@ Source: bitsandbytes ``nn/modules.py`` (Linear8bitLt, Linear4bit), ``functional.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ...spec import ActivationSpec, QuantSpec
 from .refusal import Beyond, OneScheme, OtherFormat, Refusal, Without, weights
-from .shared import ends, without_ends
+from .shared import ends, nothing_beyond_weights, without_ends
 from .stored_model import StoredModel
 
 BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -24,8 +25,8 @@ def limits(model: StoredModel) -> Iterator[Refusal]:
     yield from _codes(model)
     yield from _one_scheme(model)
     yield from _inputs(model)
-    if model.kv_cache is not None:
-        yield Refusal(reason="cannot say that keys and values are rounded", remedies=(Without("kv_cache"),))
+    # what is said of inputs is above
+    yield from nothing_beyond_weights(replace(model, activations=None))
 
 
 def _is_int8(spec: QuantSpec) -> bool:

@@ -78,6 +78,8 @@ def test_kinds_and_ends_that_a_format_has_no_place_for_are_named(form: str) -> N
     held, ways = "integer codes", "use "
     if form == "compressed-tensors":
         held, ways = "integer codes and the floats fp8_e4m3, mxfp4 and nvfp4", "use weights.kind=nvfp4 weights.group_size=16, or "
+    elif form == "gguf":
+        held = "integer codes and the floats mxfp4"
     assert said(form, kind="nf4") == f"{form} holds {held}, not kind=nf4; {ways}weights.kind=int, or export.formats=[safetensors-f32]"
     embedding = said(form, other={"embedding": SpecChange(bits=4, group_size=32)})
     reason = "has readers that expect an unquantized embedding"

@@ -103,7 +103,10 @@ def test_other_kinds_train_and_are_measured(tiny: dict[str, Any], run: Run, tmp_
             {"quantize": {"weights": {"group_size": 16}, "method": "gptq", "calibration_tokens": 10}},
             "calibration_tokens: 32 tokens are too few for a matrix with 64 inputs",
         ),
-        ({"quantize": {"weights": {"kind": "nf4", "group_size": 16}, "method": "gptq"}}, "kind=nf4 is rounded to nearest: use method=rtn"),
+        (
+            {"quantize": {"weights": {"kind": "nf4", "group_size": 16}, "method": "gptq", "scale": "fitted"}},
+            "kind=nf4 has few scales to choose from: use scale=mse",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_one_message(tiny: dict[str, Any], run: Run, stage: dict[str, Any], message: str) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from decoct.qat.export.card import CardFacts, card_text, shown_name
+from decoct.qat.export.card import CardFacts, FormatCard, card_text, shown_name
+from decoct.qat.export.format_cards import BITSANDBYTES_CARD
 from decoct.qat.export.gguf.card import GGUF_CARD
 from decoct.qat.spec import QuantSpec
 
@@ -34,6 +35,38 @@ def test_card_has_sizes_and_scheme() -> None:
     ):
         assert part in card
     assert "## Evaluation" not in card
+
+
+@pytest.mark.parametrize(
+    ("spec", "form", "codes", "tag"),
+    [
+        (
+            QuantSpec(kind="q4_k"),
+            GGUF_CARD,
+            "Q4_K: super-blocks of 256 inputs, with integer scales of their blocks under fp16 numbers (gguf)",
+            "q4_k",
+        ),
+        (QuantSpec(kind="mxfp4", group_size=32), GGUF_CARD, "mxfp4, one power of two per group of 32 inputs (gguf)", "mxfp4"),
+        (QuantSpec(kind="mxfp4", group_size=32), FormatCard(), "(compressed-tensors, mxfp4-pack-quantized)", "mxfp4"),
+        (
+            QuantSpec(ternary=True, bits=2, group_size=256),
+            GGUF_CARD,
+            "ternary (-1, 0, 1), one fp16 scale per group of 256 inputs",
+            "ternary",
+        ),
+        (QuantSpec(kind="nf4", group_size=64), BITSANDBYTES_CARD, "nf4, one fp32 scale per group of 64 inputs (bitsandbytes)", "nf4"),
+        (
+            QuantSpec(bits=8, group_size="channel"),
+            BITSANDBYTES_CARD,
+            "int8, symmetric, one fp32 scale per output row (bitsandbytes)",
+            "int8",
+        ),
+    ],
+)
+def test_codes_and_scales_are_those_of_kind_and_format(spec: QuantSpec, form: FormatCard, codes: str, tag: str) -> None:
+    card = card_text(dataclasses.replace(FACTS, spec=spec), form)
+    assert codes in card
+    assert f"\n- {tag}\n" in card
 
 
 def test_card_claims_only_what_was_checked() -> None:

@@ -19,7 +19,7 @@ FOUR = QuantSpec(bits=4, group_size=32)
         (replace(FOUR, bits=3), "safetensors safetensors-f32"),
         (replace(FOUR, symmetric=False), "compressed-tensors gptq_v2 awq safetensors-f32"),
         (replace(FOUR, scale_grid="fp32"), "safetensors-f32"),
-        (QuantSpec(kind="fp8_e4m3", bits=8, group_size="channel"), "safetensors-f32"),
+        (QuantSpec(kind="fp8_e4m3", bits=8, group_size="channel"), "compressed-tensors safetensors-f32"),
     ],
 )
 def test_a_scheme_alone_is_held_by_these_formats(spec: QuantSpec, holds: str) -> None:
