@@ -27,8 +27,8 @@ class LossEstimates:
     """Sums over windows of (w dL_n/dw)^2 over all that is cut together, L_n being the summed loss of the next tokens of window n.
 
     The square is taken of each weight in each window before anything is added up (Molchanov et al., arXiv 1906.10771, the importance of
-    a set as the sum of that of its weights). In a trained model both sums without the squares are near zero, over a text since it is at
-    a minimum and over the weights of a channel since they make up its gain.
+    a set as the sum of that of its weights), so that nothing cancels: the gradient of a text is near zero where a model was trained to a
+    minimum on it. Beside other estimates: ``benchmarks/pruning_taylor.py``.
     """
 
     def __init__(self, model: "PreTrainedModel", family: Family, sizes: Sizes, axes: Sequence[Axis]) -> None:
