@@ -35,7 +35,8 @@ class StructuredSettings:
     score: ChannelScore | None = None
     """How channels and heads are ranked: weight_activation = mean activation times the norm of the weights that read it (the default);
     activation = mean activation of each window, root of the sum of squares over windows; magnitude = norm of all weights that are cut
-    together; taylor = change of the loss to first order, abs(sum of weight x gradient) over all weights that are cut together."""
+    together; taylor = root of the sum of (weight x gradient of a window's loss) squared, over all weights that are cut together and over
+    windows."""
     depth_score: DepthScore | None = None
     """How layers are chosen: block_influence = 1 - mean cosine between a layer's input and output (the default); greedy_loss = one by one
     the layer without which the loss is lowest, measured again after each; contiguous = the block without which the loss is lowest."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..common.files import check_free_space, write_bytes_atomic, write_json_atomic
 from ..common.seal import SEAL, seal_is_broken, sealed
 
-FORMAT = 1
+FORMAT = 2
 """Increased when the same model and text give other scores: part of the folder's name."""
 
 

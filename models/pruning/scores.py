@@ -9,7 +9,7 @@ score               of what is cut together
 weight_activation   norm of ||W[:, c]||_2 * mean_t |a_tc| over its channels c; a is what the matrices W read
 activation          norm of sqrt(sum_s (mean_{t in s} |a_tc|)^2) over its channels c, s being the windows (Minitron, arXiv 2407.14679)
 magnitude           norm of all its matrix elements
-taylor              |sum w * dL/dw| over all its parameters, L being the mean loss of the next token (arXiv 1906.10771)
+taylor              root of sum_s sum_w (w * dL_s/dw)^2 over all its parameters w, L_s being the loss of window s (arXiv 1906.10771)
 ==================  ==================================================================================================================
 
 The norm over one FFN channel is the channel's number itself. A group of heads has the channels and parameters of its query heads, keys and
@@ -24,18 +24,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..axis_map import WIDTHS, Axis, Family
+from ..axis_map import WIDTHS, Axis
 from ..batches import backbone_inputs
 from ..common.errors import NonFiniteError, UserError
 from ..eval_mode import eval_mode
 from ..families import backbone_and_head
 from ..family_map import family_of
-from ..sizes import WORDS, ChannelScore, Sizes, sizes_of
+from ..sizes import WORDS, ChannelScore, sizes_of
 from .activations import Readers
 from .grams import GramSums
+from .loss_estimates import LossEstimates, windows
 from .ranks import ALONE, Ranks
 from .reductions import reduced
-from .text_loss import add_gradients
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,18 +91,19 @@ def scored(
     wanted: list[Axis] = [axis for axis in WIDTHS if axis in asked]
     with eval_mode(model):
         readers = Readers(model, family, wanted if score in ("activation", "weight_activation") else [], influence=influence)
+        losses = LossEstimates(model, family, sizes, wanted) if wanted and score == "taylor" else None
         try:
-            if readers.wanted or (wanted and score == "taylor"):
-                _read(model, batches, readers, gradients=bool(wanted) and score == "taylor", ranks=ranks)
-            raw = _raw(model, family, sizes, wanted, score, readers)
+            if readers.wanted or losses is not None:
+                _read(model, batches, readers, losses=losses, ranks=ranks)
         finally:
-            if score == "taylor":
+            if losses is not None:
                 model.zero_grad(set_to_none=True)
-    if score == "taylor":
-        # sums of weight x gradient, and the gradients are sums over the text
-        for parts in raw.values():
-            for part in parts:
-                ranks.sum(part)
+        if losses is not None:
+            raw: Mapping[Axis, list[Tensor]] = losses.sums
+        elif score == "magnitude":
+            raw = {axis: reduced(model, family, sizes, axis, _squares_of_matrices) for axis in wanted}
+        else:
+            raw = readers.raw(score, sizes)
     return _finished(score, raw, wanted, readers.influence)
 
 
@@ -126,7 +127,7 @@ def activation_scores(
     with eval_mode(model):
         readers = Readers(model, family, WIDTHS, influence=True)
         sums = GramSums(model, grams, readers.rows)
-        _read(model, batches, readers, gradients=False, ranks=ranks, sums=sums)
+        _read(model, batches, readers, ranks=ranks, sums=sums)
         names: tuple[ChannelScore, ...] = ("weight_activation", "activation")
         for score in names:
             found[score] = _finished(score, readers.raw(score, sizes), WIDTHS, readers.influence)
@@ -135,29 +136,34 @@ def activation_scores(
 
 def adding_up(score: ChannelScore) -> Callable[[Tensor], Tensor]:
     """What makes a score of a hidden channel of the sum over all places (``Scores.add_hidden``)."""
-    return {"taylor": torch.abs, "magnitude": torch.sqrt}.get(score, torch.clone)
+    return torch.sqrt if score in ("magnitude", "taylor") else torch.clone
 
 
 def _finished(score: ChannelScore, raw: Mapping[Axis, list[Tensor]], wanted: Sequence[Axis], influence: Tensor | None) -> Scores:
     """The scores, of what was summed."""
-    finish = torch.abs if score == "taylor" else torch.sqrt
-    found: dict[Axis, list[Tensor]] = {axis: [finish(part).float().cpu() for part in raw[axis]] for axis in wanted if axis != "hidden"}
+    found: dict[Axis, list[Tensor]] = {axis: [part.sqrt().float().cpu() for part in raw[axis]] for axis in wanted if axis != "hidden"}
     hidden = [part.float().cpu() for part in raw.get("hidden", [])]
     _check_finite(found, hidden, influence)
     return Scores(axes=found, hidden=hidden, add_hidden=adding_up(score), influence=influence)
 
 
 def _read(
-    model: "PreTrainedModel", batches: Batches, readers: Readers, *, gradients: bool, ranks: Ranks, sums: GramSums | None = None
+    model: "PreTrainedModel",
+    batches: Batches,
+    readers: Readers,
+    *,
+    ranks: Ranks,
+    losses: LossEstimates | None = None,
+    sums: GramSums | None = None,
 ) -> None:
-    """Runs the text through the model once, with the hooks of ``readers``, and gradients of the loss where they are asked for."""
+    """Runs the text through the model once, with the hooks of ``readers``; window by window where ``losses`` needs gradients of each."""
     backbone, _, _ = backbone_and_head(model)
     tokens = 0
     with ExitStack() as hooks:
         hooks.enter_context(readers)
         if sums is not None:
             sums.hook(hooks)
-        for batch in batches:
+        for batch in batches if losses is None else windows(batches):
             # packed windows have no padding: every token counts
             mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).to(model.device).bool()
             count = int(mask.sum())
@@ -165,12 +171,14 @@ def _read(
             if not count:
                 continue
             readers.mask = mask
-            if gradients:
-                readers.add_final(add_gradients(model, batch))
+            if losses is not None:
+                readers.add_final(losses.add(batch))
             else:
                 with torch.no_grad():
                     readers.add_final(backbone(**backbone_inputs(batch, model.device)).last_hidden_state)
     readers.add_up(ranks)
+    if losses is not None:
+        losses.add_up(ranks)
     if ranks.number(tokens) == 0:
         raise UserError(
             "prune.structured needs text to score on, and the calibration text has no token; raise prune.calibration_tokens or give more "
@@ -178,21 +186,9 @@ def _read(
         )
 
 
-@torch.no_grad()
-def _raw(
-    model: "PreTrainedModel", family: Family, sizes: Sizes, wanted: Sequence[Axis], score: ChannelScore, readers: Readers
-) -> dict[Axis, list[Tensor]]:
-    """Per layer, what becomes a score by a root (or by its absolute value, of gradients); the number itself for hidden channels."""
-    if score in ("activation", "weight_activation"):
-        return readers.raw(score, sizes)
-
-    def elements(parameter: Tensor) -> Tensor:
-        if score == "magnitude":
-            # vectors (norms, biases) are of another scale than matrices
-            return parameter.double().square() if parameter.ndim > 1 else torch.zeros_like(parameter, dtype=torch.float64)
-        return torch.zeros_like(parameter, dtype=torch.float64) if parameter.grad is None else parameter.double() * parameter.grad.double()
-
-    return {axis: reduced(model, family, sizes, axis, elements) for axis in wanted}
+def _squares_of_matrices(parameter: Tensor) -> Tensor:
+    """w^2 of a matrix; zeros of a vector (norms, biases), which is of another scale."""
+    return parameter.detach().double().square() if parameter.ndim > 1 else torch.zeros_like(parameter, dtype=torch.float64)
 
 
 def _check_finite(axes: Mapping[Axis, list[Tensor]], hidden: Sequence[Tensor], influence: Tensor | None) -> None:

@@ -13,6 +13,7 @@ from decoct.models.common.errors import NonFiniteError, UserError
 from decoct.models.folder.loading import load_model
 from decoct.models.folder.model_folder import read_record, save_model_folder
 from decoct.models.pruning.repair import cut_and_repair
+from decoct.models.pruning.score_store import FORMAT
 from decoct.models.pruning.scores import activation_scores
 from decoct.models.pruning.shape_choice import select
 from decoct.models.pruning.structured import cut
@@ -222,6 +223,16 @@ def test_another_shape_is_cut_by_the_scores_of_the_first(make_context: MakeConte
     with pytest.raises(pytest.fail.Exception, match="scored again"):
         # other text
         pruned(make_context("05-prune", kind="prune", seed=9), ffn=72, repair=True)
+
+
+def test_scores_of_an_earlier_format_are_made_again(make_context: MakeContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr("decoct.trainer.stages.score_caches.FORMAT", FORMAT - 1)
+        pruned(make_context("01-prune", kind="prune", seed=11), ffn=64, score="taylor")
+    for folder, said_of_it in (("02-prune", "scores: computed in"), ("03-prune", "scores: computed before")):
+        context = make_context(folder, kind="prune", seed=11)
+        pruned(context, ffn=64, score="taylor")
+        assert said_of_it in said(context)
 
 
 def test_the_record_has_the_indices_of_the_first_model_through_every_stage(make_context: MakeContext, trained_folder: Path) -> None:
