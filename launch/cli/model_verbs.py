@@ -50,7 +50,7 @@ def prune(
         typer.Option("--method", help="With --keep or --pattern: magnitude, wanda, sparsegpt or movement.", show_default="magnitude"),
     ] = None,
     pattern: Annotated[
-        str | None, typer.Option("--pattern", help="N:M: of each M consecutive inputs of a row N weights are kept, such as 2:4.")
+        str | None, typer.Option("--pattern", help="Pattern N:M, such as 2:4 = of each 4 consecutive inputs of a row 2 weights are kept.")
     ] = None,
     teacher: Teacher = None,
     text: Text = None,

@@ -172,6 +172,9 @@ def _shape(given: str | Mapping[str, int], dashes: str) -> dict[str, Any]:
     if isinstance(given, str):
         parts = [part.partition("=") for part in given.split(",") if part.strip()]
         pairs = {key: value for key, _, value in parts}
+        names = [{"kv": "kv_heads"}.get(key.strip(), key.strip()) for key, _, _ in parts]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"{dashes}shape {given!r} names {twice} twice; name each axis once")
     # kv is short for kv_heads
     named = {{"kv": "kv_heads"}.get(key.strip(), key.strip()): value for key, value in pairs.items()}
     wrong = [name for name in named if name not in AXES]

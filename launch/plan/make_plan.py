@@ -28,7 +28,7 @@ from .sampling_cost import SamplingCase, sampling_cost
 from .serving_stacks import Verdict, verdicts
 from .shape_budgets import round_notes, search_notes
 from .shapes import ModelShape
-from .stage_shapes import StageShape, makes_own_model, shape_notes, stage_shapes, student_shape, teacher_shape
+from .stage_shapes import StageShape, broken_pattern, makes_own_model, shape_notes, stage_shapes, student_shape, teacher_shape
 from .stage_time import StageWork, timed, training_step
 from .text_disk import blend_notes, tokenized_bytes
 from .values import Value, mix_values, recipe_values, settings_values, training_values
@@ -119,6 +119,7 @@ def _stage(
     if isinstance(entry.settings, PruneSettings) and entry.settings.structured:
         structured = entry.settings.structured
         notes += [*search_notes(shape.before, structured), *round_notes(shape.before, entry.settings), *shape_notes(after, structured.kept)]
+        notes += broken_pattern(recipe, entry, dict.fromkeys(structured.axes, 0))
     if isinstance(entry.settings, QuantizeSettings) and entry.settings.transform is not None:
         notes += transform_notes(entry.settings.transform, shape.before.config, embedding=entry.settings.embedding is not None)
     rounding, rounded = None, entry.settings

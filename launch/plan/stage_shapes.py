@@ -278,6 +278,22 @@ def _pruned(shape: ModelShape, structured: "StructuredSettings", stage: str) -> 
     return shape_of(config, f"{shape.source}, {about}{told}")
 
 
+def broken_pattern(recipe: "Recipe", entry: "StageEntry", kept: "Mapping[Axis, int]") -> list[str]:
+    """Return a note if the cut ends an N:M pattern of an earlier stage: it removes some inputs of a row, so that others form the groups."""
+    from ...trainer.settings_pruning import PruneSettings
+
+    # whole layers take their rows with them
+    if not set(kept) - {"layers"}:
+        return []
+    told = []
+    for other in recipe.stages[: entry.index]:
+        weights = other.settings.weights if isinstance(other.settings, PruneSettings) else None
+        if weights is not None and weights.pattern is not None:
+            what = f"the {weights.pattern} pattern of stages.{other.index}"
+            told.append(f"{what} does not hold after this cut, which regroups the inputs of rows; cut first, then set weights to zero")
+    return told
+
+
 def shape_notes(shape: ModelShape, kept: "Mapping[Axis, int]") -> list[str]:
     """Return what serving kernels and vLLM will say to the shape that structured pruning leaves, one sentence each."""
     from ...models.family_map import family_of

@@ -206,6 +206,8 @@ def test_a_shape_is_read_from_text_and_from_a_mapping() -> None:
         ("fnn=3", "'fnn' is no axis; name what is kept along ffn"),
         ("", "nothing is named"),
         ("3072", "'3072' is no axis"),
+        ("ffn=128,ffn=64", "names ffn twice; name each axis once"),
+        ("kv=2, kv_heads=1", "names kv_heads twice"),
     ):
         with pytest.raises(UserError, match=told):
             prune_settings(None, None, None, wrong)

@@ -332,3 +332,16 @@ def test_a_teacher_that_does_not_run_in_bf16_is_asked_for_in_fp32(tmp_path: Path
         else:
             with pytest.raises(ImpossibleStageError, match=r"the teacher in bf16, model type 'xlstm'.*teacher\.load_in: fp32"):
                 plan(asked)
+
+
+def test_a_cut_after_a_pattern_is_noted_unless_it_takes_whole_layers(tmp_path: Path) -> None:
+    masked, cut = {"prune": {"magnitude": {"pattern": "2:4"}}}, {"prune": {"structured": {"ffn": 32}}}
+
+    def noted(*stages: dict[str, Any]) -> list[str]:
+        AutoConfig.for_model("llama", vocab_size=128, **{**_LLAMA, "num_hidden_layers": 4}).save_pretrained(tmp_path / "llama")
+        given = {"student": {"path": str(tmp_path / "llama")}, "data": {"files": ["x/*.txt"], "seq_length": 32}, "stages": list(stages)}
+        return [note for stage in plan(recipe_from_dict({"name": "x", **given}, ())).stages for note in stage.notes if "pattern" in note]
+
+    (note,) = noted(masked, cut)
+    assert note.startswith("the 2:4 pattern of stages.0 does not hold after this cut")
+    assert not noted(cut, masked) and not noted(masked, {"prune": {"structured": {"layers": 2}}})

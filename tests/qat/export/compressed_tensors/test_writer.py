@@ -134,7 +134,7 @@ def test_mixed_lattices_name_their_modules_and_never_the_class(spec_source: Make
     assert by_bits[8]["targets"] == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
     assert config["ignore"] == ["model.layers.1.self_attn.o_proj", "lm_head"]
     card = (target / "README.md").read_text()
-    assert "2 linears int8, channel" in card
+    assert "2 linears 8 bits with one scale per row" in card
 
 
 @pytest.mark.parametrize("asymmetric", ["common", "own", "none"])
@@ -143,9 +143,9 @@ def test_the_card_loads_as_the_check_does_and_counts_zero_points(asymmetric: str
     target = export_source(spec_source(spec, own={"down_proj": own}), "compressed-tensors")
     card = (target / "README.md").read_text()
     assert ("CompressedTensorsConfig(dequantize=True)" in card) == bool(loading_options(str(target))) == (asymmetric != "none")
-    assert ("12 linears int4, 16, asymmetric; 2 linears int4, 16 (" in card) is (asymmetric == "common")
-    assert ("12 linears int4, 16; 2 linears int4, 16, asymmetric (" in card) is (asymmetric == "own")
-    assert ("linears int4" in card) is (asymmetric != "none")
+    assert ("12 linears 4 bits in groups of 16, with zero points; 2 linears 4 bits in groups of 16 (" in card) is (asymmetric == "common")
+    assert ("12 linears 4 bits in groups of 16; 2 linears 4 bits in groups of 16, with zero points (" in card) is (asymmetric == "own")
+    assert ("linears 4 bits" in card) is (asymmetric != "none")
 
 
 def test_formats_that_differ_are_mixed_precision(spec_source: Make, export_source: Export) -> None:
