@@ -154,7 +154,8 @@ def test_blocks_of_llama_cpp_and_onnx() -> None:
     two = _of(_llama(), "llama.cpp", formats=("gguf",), bits=2)
     assert (two[0], "export.formats=[gguf-q2_0]" in two[2]) == ("slower", True)
     assert _of(_llama(), "llama.cpp", formats=("gguf-q2_0",), bits=2)[0] == "ok"
-    for own in ({"kind": "q4_k"}, {"kind": "mxfp4", "group_size": 32}, {"ternary": True, "group_size": 256}):
+    kinds: list[dict[str, Any]] = [{"kind": "q4_k"}, {"kind": "mxfp4", "group_size": 32}, {"ternary": True, "group_size": 256}]
+    for own in kinds:
         assert _of(_llama(), "llama.cpp", formats=("gguf",), **own)[0] == "ok", own
         assert _of(_llama(), "OpenVINO", formats=("gguf",), **own)[0] == "slower", own
     assert _of(_llama(), "llama.cpp", formats=("gguf",), bits=3, symmetric=False)[0] == "ok"
