@@ -21,13 +21,13 @@ from ...models.shape_rounds import Round, rounds_to
 from ...models.sizes import Sizes, sizes_of
 from ..processes.world import connect, current_world, sum_over_ranks
 from ..settings_pruning import PruneSettings
-from ..soft_targets.cached import SparseTeacher
+from ..soft_targets.cached import knows_given_text_alone
 from .context import StageContext, StageResult, Trained
 from .prune_structured import prune_structured
 from .saving import CARRIED, save_student, save_trained
 from .score_caches import score_together
 from .student_and_teacher import open_student, stage_teacher
-from .training import fit_student, training_plan
+from .training import fit_student, training_plan, training_steps
 from .zeros import input_record, keep_zeros_hooks, tell_unlisted_zeros
 
 _POLL_SECONDS = 0.2
@@ -113,13 +113,14 @@ class _Rounds:
         count, shape = len(self.rounds), one.words(self._start(number))
         self.context.say(f"  round {number + 1} of {count}: {shape}, {one.share:.1%} of the decoder layers' parameters")
         self._cut(number)
-        tokens, steps = (None if given is None else -(-given // count) for given in (self.settings.tokens, self.settings.steps))
-        settings = replace(self.settings, tokens=tokens, steps=steps)
+        # the steps of all rounds together are those of the plan, unless that leaves a round without one
+        total = max(count, training_steps(self.settings, self.context.run, self.context.name).total_steps)
+        settings = replace(self.settings, tokens=None, steps=total * (number + 1) // count - total * number // count)
         student = open_student(settings, context)
         tell_unlisted_zeros(context, student.model)
         plan = training_plan(settings, context, student)
         # a cached teacher knows the windows of one round; the input of the stage teaches all rounds, not that of the round
-        if teacher is None or isinstance(teacher, SparseTeacher):
+        if teacher is None or knows_given_text_alone(teacher):
             teacher = stage_teacher(settings, self.context, plan)
         hooks = keep_zeros_hooks(context, student.model)
         return fit_student(student, settings, context, plan, teacher, hooks), teacher

@@ -29,9 +29,9 @@ def said(context: StageContext) -> str:
     return context.run.console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue] - a StringIO here
 
 
-def rounds(context: StageContext, **given: Any) -> StageResult:
-    structured = StructuredSettings(**{**SHAPE, "rounds": 0.3, **given})
-    settings = PruneSettings(structured=structured, calibration_tokens=256, steps=24, checkpoint_every=2)
+def rounds(context: StageContext, given: dict[str, Any] | None = None, **shape: Any) -> StageResult:
+    structured = StructuredSettings(**{**SHAPE, "rounds": 0.3, **shape})
+    settings = PruneSettings(structured=structured, calibration_tokens=256, checkpoint_every=2, **(given or {"steps": 24}))
     # steps of 8 windows
     context = replace(context, run=replace(context.run, trainer=TrainerSettings(precision="32", global_batch_tokens=256)))
     return prune.finish(settings, context, prune.train(settings, context))
@@ -73,6 +73,24 @@ def test_each_round_cuts_and_distils_and_the_record_speaks_of_the_stages_input(m
     # the same amount of training after one cut is the same kind of stage with one round
     once = rounds(make_context("02-prune", kind="prune"), rounds=0.9)
     assert len(once.facts["rounds"]) == 1
+
+
+def test_the_steps_of_all_rounds_are_those_of_the_stage(make_context: MakeContext) -> None:
+    context = make_context("01-prune", kind="prune")
+    # seven steps of 8 windows, and three rounds
+    done = rounds(context, given={"steps": None, "tokens": 7 * 256 - 100})
+    assert [one["tokens"] for one in done.facts["rounds"]] == [2 * 256, 2 * 256, 3 * 256]
+    assert done.tokens == 7 * 256
+
+
+def test_a_teacher_that_knows_the_windows_of_one_round_is_opened_again(make_context: MakeContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, asked = prune_rounds.stage_teacher, []
+    monkeypatch.setattr(prune_rounds, "stage_teacher", lambda *given: asked.append(given[-1]) or real(*given))
+    rounds(make_context("01-prune", kind="prune"))
+    assert len(asked) == 1
+    monkeypatch.setattr(prune_rounds, "knows_given_text_alone", lambda teacher: True)
+    rounds(make_context("02-prune", kind="prune"))
+    assert len(asked) == 1 + 3
 
 
 class KilledError(Exception):
