@@ -9,6 +9,7 @@ from ..trainer.settings import EvaluateSettings, TrainingBlock
 from ..trainer.settings_generation import GenerateSettings
 from ..trainer.settings_own import OwnStageSettings
 from ..trainer.stage_plan import NOTHING_MOVES, learns_from, moves_nothing, reads_text, trains
+from .blend_checks import check_blend
 from .draft import Draft, key_path
 from .feature_checks import check_features
 from .problems import Problems
@@ -24,6 +25,7 @@ def check_draft(draft: Draft, problems: Problems) -> None:
     """Report every problem between the sections and stages that could be read."""
     # every check runs on what could be read: a section that is wrong is None, and its own problem is already known
     _check_start(draft, problems)
+    check_blend(draft, problems)
     for entry in draft.stages:
         if entry is not None:
             _check_budget(entry, problems)

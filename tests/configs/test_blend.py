@@ -106,3 +106,28 @@ def test_an_imported_source_may_be_a_part(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text(text.replace("count: 1k", "conut: 1k"))
     with pytest.raises(UserError, match=r"my\.yaml:7: data\.blend\.0\.conut: unknown key, did you mean 'count'"):
         load_recipe(str(tmp_path / "my.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "what"),
+    [
+        ({"files": "FOLDER/*.txt"}, {"files": "FOLDER/b.txt"}, r"reads .*b\.txt \(1 files in all\)"),
+        ({"files": "FOLDER/*.txt"}, {"files": "FOLDER/"}, r"reads .*a\.txt \(2 files in all\)"),
+        ({"hub": "some/web"}, {"hub": "some/web"}, "reads some/web"),
+        ({"builtin": "python-stdlib"}, {"builtin": "python-stdlib"}, "reads python-stdlib"),
+    ],
+)
+def test_parts_that_share_a_source_are_refused(tmp_path: Path, first: dict[str, str], second: dict[str, str], what: str) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    parts = [{key: value.replace("FOLDER", str(tmp_path)) for key, value in part.items()} | {"weight": 1} for part in (first, second)]
+    with pytest.raises(UserError, match=rf"data\.blend\.1: {what}, as part 0 \(.*give each file or dataset to one part"):
+        recipe_from_dict({**BASE, "data": {"blend": parts}})
+
+
+def test_parts_of_different_sources_are_not(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    parts = [{"files": str(tmp_path / f"{name}.txt"), "weight": 1} for name in "ab"]
+    parts += [{"hub": "some/web", "hub_config": name, "weight": 1} for name in ("en", "de")]
+    assert len(recipe_from_dict({**BASE, "data": {"blend": parts}}).data.texts) == 4

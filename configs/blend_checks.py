@@ -1,0 +1,44 @@
+"""Check of a blend: parts that share a source would train on each other's held-out text."""
+
+import itertools
+from pathlib import Path
+
+from ..models.common.errors import UserError
+from ..trainer.data.input_files import find_files
+from ..trainer.settings_text import BlendPart, labels_of
+from .draft import Draft
+from .problems import Problems
+
+
+def check_blend(draft: Draft, problems: Problems) -> None:
+    """Add a problem for the first two parts that read the same files, hub dataset, built-in text or generated text."""
+    parts = (draft.data.blend if draft.data else None) or ()
+    names, files = labels_of(parts), [_files(part) for part in parts]
+    for (one, first), (two, second) in itertools.combinations(enumerate(parts), 2):
+        both = sorted(files[one] & files[two])
+        if both:
+            what = f"{both[0]} ({len(both):,} files in all)"
+        elif first.hub and (first.hub, first.hub_config, first.hub_split) == (second.hub, second.hub_config, second.hub_split):
+            what = first.hub
+        elif first.builtin and first.builtin == second.builtin:
+            what = first.builtin
+        elif first.generate and first.generate == second.generate:
+            what = "the text of the same 'generate'"
+        else:
+            continue
+        problems.add(
+            ("data", "blend", two),
+            f"reads {what}, as part {one} ({names[one]}) does; each part holds out text for itself, so one would train on what the other "
+            "holds out: give each file or dataset to one part",
+        )
+        return
+
+
+def _files(part: BlendPart) -> set[Path]:
+    if not part.files:
+        return set()
+    try:
+        return {file.resolve() for file in find_files(part.files)}
+    except UserError:
+        # files that are not here are told when the text is read; a plan may be made elsewhere
+        return set()
