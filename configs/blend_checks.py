@@ -1,6 +1,7 @@
 """Check of a blend: parts that share a source would train on each other's held-out text."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 from ..models.common.errors import UserError
@@ -22,7 +23,8 @@ def check_blend(draft: Draft, problems: Problems) -> None:
             what = first.hub
         elif first.builtin and first.builtin == second.builtin:
             what = first.builtin
-        elif first.generate and first.generate == second.generate:
+        # a longer text of the same settings begins with the shorter one
+        elif first.generate and second.generate and replace(first.generate, tokens=second.generate.tokens) == second.generate:
             what = "the text of the same 'generate'"
         else:
             continue

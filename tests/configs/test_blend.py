@@ -115,12 +115,16 @@ def test_an_imported_source_may_be_a_part(tmp_path: Path) -> None:
         ({"files": "FOLDER/*.txt"}, {"files": "FOLDER/"}, r"reads .*a\.txt \(2 files in all\)"),
         ({"hub": "some/web"}, {"hub": "some/web"}, "reads some/web"),
         ({"builtin": "python-stdlib"}, {"builtin": "python-stdlib"}, "reads python-stdlib"),
+        ({"generate": {"tokens": "300k"}}, {"generate": {"tokens": "400k"}}, "reads the text of the same 'generate'"),
     ],
 )
-def test_parts_that_share_a_source_are_refused(tmp_path: Path, first: dict[str, str], second: dict[str, str], what: str) -> None:
+def test_parts_that_share_a_source_are_refused(tmp_path: Path, first: dict[str, Any], second: dict[str, Any], what: str) -> None:
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(name)
-    parts = [{key: value.replace("FOLDER", str(tmp_path)) for key, value in part.items()} | {"weight": 1} for part in (first, second)]
+    parts = [{**part, "weight": 1} for part in (first, second)]
+    for part in parts:
+        if "files" in part:
+            part["files"] = part["files"].replace("FOLDER", str(tmp_path))
     with pytest.raises(UserError, match=rf"data\.blend\.1: {what}, as part 0 \(.*give each file or dataset to one part"):
         recipe_from_dict({**BASE, "data": {"blend": parts}})
 
