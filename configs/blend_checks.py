@@ -19,7 +19,7 @@ def check_blend(draft: Draft, problems: Problems) -> None:
         both = sorted(files[one] & files[two])
         if both:
             what = f"{both[0]} ({len(both):,} files in all)"
-        elif first.hub and (first.hub, first.hub_config, first.hub_split) == (second.hub, second.hub_config, second.hub_split):
+        elif first.hub and _dataset(first) == _dataset(second):
             what = first.hub
         elif first.builtin and first.builtin == second.builtin:
             what = first.builtin
@@ -36,11 +36,16 @@ def check_blend(draft: Draft, problems: Problems) -> None:
         return
 
 
+def _dataset(part: BlendPart) -> tuple[str | None, str, str]:
+    # a configuration that is not named is the one of this name
+    return part.hub, part.hub_config or "default", part.hub_split
+
+
 def _files(part: BlendPart) -> set[Path]:
     if not part.files:
         return set()
     try:
         return {file.resolve() for file in find_files(part.files)}
-    except UserError:
+    except (UserError, OSError):
         # files that are not here are told when the text is read; a plan may be made elsewhere
         return set()

@@ -116,8 +116,11 @@ def round_sentences(report: Report) -> list[str]:
     sentences = []
     for row in report["stages"]:
         if seen := row.get("rounds"):
-            each = "; ".join(f"{one['shape']} ({percent(one['share'])} of the decoder layers' parameters left)" for one in seen)
-            sentences.append(f"{row['name']} cut in {len(seen)} rounds and distilled on {seen[0]['tokens']:,} tokens after each: {each}")
+            # steps are whole, so that rounds may differ by one
+            each = "; ".join(
+                f"{one['shape']} ({percent(one['share'])} of the decoder layers' parameters left, {one['tokens']:,} tokens)" for one in seen
+            )
+            sentences.append(f"{row['name']} cut in {len(seen)} rounds and distilled after each: {each}")
     return sentences
 
 

@@ -74,11 +74,7 @@ class FileShelf:
         self._model, self._files, self._folder, self._device = model, files, folder, device
         self._written = 0
         # everything outside the layers is used in every forward pass, so it is read once and stays
-        inside = _parameters_of(layers)
-        around = nn.ParameterList([parameter for parameter in model.parameters() if id(parameter) not in inside])
-        fill(model, files, dtype=torch.float32, device=device, inside=around)
-        # rotary frequencies, which are in no file
-        materialize_buffers(model, device)
+        _fill_around(model, layers, files, device)
 
     def bring(self, layer: nn.Module) -> None:
         # from the file at each visit, since the layer was never in memory before
@@ -105,6 +101,14 @@ class FileShelf:
         place(self._model, "cpu")
 
 
+def _fill_around(model: "PreTrainedModel", layers: Sequence[nn.Module], files: WeightFiles, device: torch.device) -> None:
+    """Read what is outside the layers, with the buffers that are in no file, such as rotary frequencies."""
+    inside = _parameters_of(layers)
+    around = nn.ParameterList([parameter for parameter in model.parameters() if id(parameter) not in inside])
+    fill(model, files, dtype=torch.float32, device=device, inside=around)
+    materialize_buffers(model, device)
+
+
 class ReadShelf:
     """Reads layers from the model's files and drops them again: memory holds one layer, and nothing is written.
 
@@ -117,11 +121,7 @@ class ReadShelf:
 
     def __init__(self, model: "PreTrainedModel", layers: Sequence[nn.Module], files: WeightFiles, device: torch.device) -> None:
         self._model, self._files, self._device = model, files, device
-        inside = _parameters_of(layers)
-        around = nn.ParameterList([parameter for parameter in model.parameters() if id(parameter) not in inside])
-        fill(model, files, dtype=torch.float32, device=device, inside=around)
-        # rotary frequencies, which are in no file
-        materialize_buffers(model, device)
+        _fill_around(model, layers, files, device)
 
     def bring(self, layer: nn.Module) -> None:
         """Puts the layer's parameters on the device, in fp32."""

@@ -38,6 +38,7 @@ class ScoreStore:
         """The tensors of a part, on the CPU; None if it is missing or damaged."""
         if self.folder is None:
             return self._held.get(part)
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
         try:
@@ -46,8 +47,8 @@ class ScoreStore:
             found = load(content)
             if header["__metadata__"]["sha256"] != _hash(found):
                 return None
-        # whatever a damaged file raises: it is made again
-        except Exception:
+        # what a missing or damaged file raises: it is made again
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
             return None
         return found
 

@@ -8,6 +8,7 @@ arXiv 2211.10438, section 4. Here a channel's magnitude in AWQ is the root of th
 the searched error is that of the linears' outputs, tr(D H D^T) with D = Q(W s) / s - W and H the second moments, not that of a block.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +39,7 @@ class _Told:
     after: float = 0.0
 
 
-class _Scaled:
+class _Scaled(ABC):
     """A transform that scales the couplings of each layer."""
 
     def __init__(self, case: TransformCase) -> None:
@@ -48,6 +49,7 @@ class _Scaled:
 
     def outside(self) -> None:
         """Nothing: no coupling reaches out of a layer."""
+        return
 
     def layer(self, index: int, layer: nn.Module, replay: Replay | None, advance: Callable[[int], None]) -> None:
         assert replay is not None, "scales of channels need calibration text"
@@ -70,14 +72,14 @@ class _Scaled:
             }
         return {**self._options(), "scaled": scaled}
 
-    def _options(self) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _options(self) -> dict[str, Any]: ...
 
-    def _look(self, replay: Replay, index: int, linears: dict[str, Any], advance: Callable[[int], None]) -> dict[str, Tensor]:
-        raise NotImplementedError
+    @abstractmethod
+    def _look(self, replay: Replay, index: int, linears: dict[str, Any], advance: Callable[[int], None]) -> dict[str, Tensor]: ...
 
-    def _scale(self, index: int, layer: nn.Module, coupling: Coupling, inputs: Tensor) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _scale(self, index: int, layer: nn.Module, coupling: Coupling, inputs: Tensor) -> None: ...
 
     def _fold(self, layer: nn.Module, coupling: Coupling, scales: Tensor, alpha: float | None) -> Tensor:
         used = fold_scales(layer, self.case.family, coupling, scales)

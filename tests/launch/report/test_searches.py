@@ -50,12 +50,12 @@ def test_the_table_has_a_column_for_each_round(report: dict[str, Any]) -> None:
 
 
 def test_a_sentence_names_the_shapes_of_rounds(report: dict[str, Any]) -> None:
-    told = [{"shape": "ffn=384", "share": 0.81, "tokens": 16128}, {"shape": "layers=3", "share": 0.61, "tokens": 16128}]
+    told = [{"shape": "ffn=384", "share": 0.81, "tokens": 16128}, {"shape": "layers=3", "share": 0.61, "tokens": 16384}]
     assert "rounds" not in markdown_report(report)
     report["stages"].append(row("05-prune", "prune", rounds=told))
     wanted = (
-        "05-prune cut in 2 rounds and distilled on 16,128 tokens after each: ffn=384 (81.0% of the decoder layers' parameters left); "
-        "layers=3 (61.0% of the decoder layers' parameters left)"
+        "05-prune cut in 2 rounds and distilled after each: ffn=384 (81.0% of the decoder layers' parameters left, 16,128 tokens); "
+        "layers=3 (61.0% of the decoder layers' parameters left, 16,384 tokens)"
     )
     assert wanted in markdown_report(report)
     assert wanted.replace("'", "&#39;") in render_page(report, {})
